@@ -1,0 +1,40 @@
+"""How a step is executed. None of this changes a result, so none of it is in a key."""
+
+import os
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Compute(BaseModel):
+    """Where and how a step runs: device, threads, workers, per-device batch."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where there is one."""
+    threads: int | None = Field(None, ge=1)
+    """Threads of torch; None: all the cores that this process may use."""
+    workers: int | None = Field(None, ge=1)
+    """Processes of ingest; None: all the cores that this process may use."""
+    micro_batch_tokens: int = Field(16_384, ge=1)
+    """Tokens in one forward pass; larger batches accumulate gradients."""
+
+
+def cores() -> int:
+    """Cores that this process may use (affinity, not what the machine has)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def prepare(compute: Compute) -> "torch.device":
+    """Set torch's threads and choose the device; ValueError where the one asked for is not there."""
+    import torch
+
+    if compute.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("compute.device=cuda, but torch sees no CUDA device: use --device auto, or mend the driver")
+    torch.set_num_threads(compute.threads or cores())
+    cuda = compute.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if cuda else "cpu")

@@ -1,0 +1,44 @@
+"""The one template of every step, and its tokens.
+
+    Question: {title and body}
+
+    Answer: {answer}<eos>
+
+The query ends at "Answer:" and the response begins with a space, as byte-level tokenizers want it. Query and response
+are tokenized apart and their ids joined, so that the border is the same in training, sampling and scoring.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PREFIX = "Question: "
+SUFFIX = "\n\nAnswer:"
+
+
+def query_text(question: str) -> str:
+    """The prompt as text."""
+    return f"{PREFIX}{question.strip()}{SUFFIX}"
+
+
+def encode_query(tokenizer: "PreTrainedTokenizerBase", question: str, max_tokens: int) -> list[int]:
+    """Ids of the query, at most `max_tokens`; a longer question loses its end, never "Answer:"."""
+    bos = tokenizer("")["input_ids"]  # what this tokenizer wants in front: [bos] for Llama, nothing for most
+    suffix = tokenizer(SUFFIX, add_special_tokens=False)["input_ids"]
+    head = tokenizer(PREFIX + question.strip(), add_special_tokens=False)["input_ids"]
+    room = max_tokens - len(bos) - len(suffix)
+    if room < 1:
+        raise ValueError(f"max_query_tokens={max_tokens} leaves no room for a question; the template alone takes {len(bos) + len(suffix)}")
+    return [*bos, *head[:room], *suffix]
+
+
+def encode_response(tokenizer: "PreTrainedTokenizerBase", answer: str, max_tokens: int | None = None) -> list[int]:
+    """Ids of " answer" and EOS; cut to `max_tokens`, an answer that is too long loses its end and its EOS."""
+    ids = tokenizer(" " + answer.strip(), add_special_tokens=False)["input_ids"]
+    return [*ids, tokenizer.eos_token_id][:max_tokens]
+
+
+def decode_response(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
+    """The answer as text: without special tokens and the space at its start."""
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()

@@ -1,0 +1,42 @@
+"""Configuration of `sft`: supervised fine-tuning on each question's best answer."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from tasks.config import StepConfig
+
+
+class LoRAConfig(StepConfig):
+    """Low-rank adapters (Hu et al. 2021, https://arxiv.org/abs/2106.09685) on every linear layer of the trunk."""
+
+    r: int = Field(16, ge=1)
+    """Rank (StackLLaMA: 16 for SFT and PPO, 8 for the reward model)."""
+    alpha: float = Field(32, gt=0)
+    """The update is scaled by alpha / r (StackLLaMA: 32)."""
+    dropout: float = Field(0.05, ge=0, lt=1)
+
+
+class SFTConfig(StepConfig):
+    """Language modelling on answers, packed, with attention inside each document."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps (StackLLaMA: 5,000)."""
+    batch_size: int = Field(ge=1)
+    """Packed sequences per optimizer step (StackLLaMA: 128)."""
+    seq_length: int = Field(ge=16)
+    """Tokens of a packed sequence (StackLLaMA: 1,024)."""
+    max_query_tokens: int = Field(ge=8)
+    """Longer questions lose their end; longer answers than what then remains of seq_length are cut (and lose their EOS)."""
+    tuning: Literal["lora", "full"] = "lora"
+    lora: LoRAConfig = LoRAConfig()
+    learning_rate: float = Field(1e-5, gt=0)
+    """Peak (StackLLaMA); linear warm-up, then cosine to 0."""
+    warmup_steps: int = Field(100, ge=0)
+    """StackLLaMA: 100."""
+    weight_decay: float = Field(0.05, ge=0)
+    """StackLLaMA."""
+    loss_on: Literal["answer", "all"] = "answer"
+    """Tokens that carry loss; StackLLaMA trained on all."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 1
