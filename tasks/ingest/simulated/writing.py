@@ -1,0 +1,62 @@
+"""How people of the simulated site write: questions and answers as HTML, good, bad and rambling."""
+
+import html
+import random
+
+from tasks.ingest.simulated.world import ATTRIBUTES, CONTEXTS, FACTS, FILLERS, HEDGES, PARTS, Attribute
+
+P_RIGHT, P_HOW, P_OTHER_HOW, P_HEDGE, P_TWO_VALUES = 0.55, 0.4, 0.35, 0.35, 0.1
+
+
+def question(rng: random.Random) -> tuple[str, Attribute, str, str]:
+    """A part, an attribute, a title (plain text) and a body (HTML)."""
+    part, attribute = rng.choice(PARTS), rng.choice(ATTRIBUTES)
+    title = rng.choice(attribute.titles).format(part=part)
+    sentences = rng.sample(CONTEXTS, rng.choice((1, 1, 2)))
+    return part, attribute, title, paragraphs(sentences, rng)
+
+
+def answer(part: str, attribute: Attribute, rng: random.Random) -> str:
+    """One answer as HTML; right, helpful and clear with the probabilities above, independently of its length."""
+    value = FACTS[part, attribute.name]
+    wrong = [other for other in attribute.values if other != value]
+    if rng.random() > P_RIGHT:
+        value = rng.choice(wrong)
+    sentences = [sentence_case(rng.choice(attribute.claims).format(part=part, value=value))]
+    if rng.random() < P_TWO_VALUES:  # names a second value, so it is wrong whatever the first one was
+        sentences.append(f"Or {rng.choice([other for other in attribute.values if other != value])}.")
+    draw = rng.random()
+    if draw < P_HOW:
+        sentences.append(rng.choice(attribute.methods))
+    elif draw < P_HOW + P_OTHER_HOW:
+        sentences.append(rng.choice(rng.choice([other for other in ATTRIBUTES if other is not attribute]).methods))
+    for sentence in rng.sample(FILLERS, rng.choice((0, 0, 1, 1, 2))):
+        sentences.insert(rng.randint(0, len(sentences)), sentence)
+    if rng.random() < P_HEDGE:
+        sentences.insert(rng.choice((0, len(sentences))), rng.choice(HEDGES))
+    return paragraphs(sentences, rng, fence=rng.random() < 0.1)
+
+
+def sentence_case(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def paragraphs(sentences: list[str], rng: random.Random, fence: bool = False) -> str:
+    """HTML as the site would render it: one or two paragraphs, at times with bold type, a list, or a code fence."""
+    escaped = [html.escape(sentence, quote=False) for sentence in sentences]
+    if fence:
+        code = f"<pre><code>part {rng.randint(1, 99)} ok\n</code></pre>"
+        cut = rng.randint(0, len(escaped) - 1)
+        blocks = [*([f"<p>{' '.join(escaped[:cut])}</p>"] if cut else []), code, f"<p>{' '.join(escaped[cut:])}</p>"]
+    elif len(escaped) > 2 and rng.random() < 0.1:
+        items = "".join(f"<li>{sentence}</li>\n" for sentence in escaped)
+        blocks = [f"<ul>\n{items}</ul>"]
+    elif len(escaped) > 1 and rng.random() < 0.3:
+        cut = rng.randint(1, len(escaped) - 1)
+        blocks = [f"<p>{' '.join(escaped[:cut])}</p>", f"<p>{' '.join(escaped[cut:])}</p>"]
+    else:
+        if rng.random() < 0.05:
+            place = rng.randrange(len(escaped))
+            escaped[place] = f"<strong>{escaped[place]}</strong>"
+        blocks = [f"<p>{' '.join(escaped)}</p>"]
+    return "\n\n".join(blocks) + "\n"
