@@ -26,6 +26,11 @@ class Rollout:
     """True: ended with EOS; False: cut at max_new_tokens."""
 
 
+def row_uniforms(seed: int, row: int, n: int) -> Tensor:
+    """The first n uniform numbers in [0, 1) of a row's own stream; (n,) float64."""
+    return torch.from_numpy(np.random.default_rng((seed, row)).random(n))
+
+
 def sample(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
     """Tokens drawn from softmax(logits / temperature) by inverse CDF; (B, V), (B,) in [0, 1) -> (B,). Temperature 0: argmax."""
     if temperature == 0:
@@ -42,14 +47,15 @@ class RoomyLayer(DynamicLayer):
     def __init__(self, length: int) -> None:
         super().__init__()
         self.length = length
+        self.buffer: Tensor = torch.empty(2, 0, 0, 0, 0)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         past = self.get_seq_length()
         end = past + key_states.shape[-2]
-        if past == 0 or self.buffer.shape[1] != key_states.shape[0]:  # the first step, or rows were dropped since the last one
+        if self.buffer.shape[1] != key_states.shape[0]:  # the first step, or rows were dropped since the last one
             batch, heads, _, width = key_states.shape
             buffer = key_states.new_empty(2, batch, heads, self.length, width)
-            if past:
+            if self.keys is not None and self.values is not None:
                 buffer[0, :, :, :past], buffer[1, :, :, :past] = self.keys, self.values
             self.buffer, self.is_initialized = buffer, True
         self.buffer[0, :, :, past:end], self.buffer[1, :, :, past:end] = key_states, value_states
@@ -69,7 +75,7 @@ def generate(
     device: torch.device | str,
     batch_size: int = 64,
 ) -> Rollout:
-    """One response per query, sampled from the model (with its active adapter, where it has one); top_k 0, top_p 1, no minimum length."""
+    """One response per query, sampled from the model with its active adapter; top_k 0, top_p 1, no minimum length."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not all(queries):
         raise ValueError(f"query {queries.index([])} is empty: every query needs at least one token")
@@ -77,7 +83,7 @@ def generate(
     longest = max(map(len, queries), default=0)
     if longest + max_new_tokens > limit:
         raise ValueError(
-            f"a query of {longest} tokens and max_new_tokens={max_new_tokens} do not fit the model's {limit} positions: lower one of them"
+            f"a query of {longest} tokens and max_new_tokens={max_new_tokens} do not fit {limit} positions: lower either"
         )
     was_training = inner.training
     inner.eval()  # LoRA dropout off
@@ -108,7 +114,7 @@ def _generate_batch(
     # the mask of all the steps at once: True from the query's first token on
     mask = torch.arange(width + max_new_tokens, device=device)[None] >= (width - lengths)[:, None]
     positions = (mask[:, :width].cumsum(-1) - 1).clamp(min=0)
-    uniforms = torch.from_numpy(np.stack([np.random.default_rng((seed, i)).random(max_new_tokens) for i in rows])).to(device)
+    uniforms = torch.stack([row_uniforms(seed, i, max_new_tokens) for i in rows]).to(device)
 
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer(width + max_new_tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]

@@ -9,7 +9,7 @@ from xml.sax.saxutils import quoteattr
 from tasks.ingest.config import SimulatedSiteConfig
 from tasks.ingest.simulated import writing
 from tasks.ingest.simulated.truth import true_reward
-from tasks.ingest.simulated.votes import EXPOSURE, cast_votes
+from tasks.ingest.simulated.votes import cast_votes
 
 START = datetime.datetime(2021, 1, 4, 8, 0)
 SYLLABLES = ("ka", "lo", "mi", "ne", "ru", "sa", "ti", "vo", "be", "du")
@@ -50,8 +50,8 @@ def _posts(config: SimulatedSiteConfig):
     held_back: list[dict[str, str] | str] = []  # with oddities: rows that come out of order, after their question's neighbours
     for number in range(config.questions):
         moment += datetime.timedelta(minutes=rng.randint(20, 600))
-        part, attribute, title, body = writing.question(rng)
-        answers = [writing.answer(part, attribute, rng) for _ in range(rng.choice(ANSWERS))]
+        part, sign, attribute, title, body = writing.question(rng)
+        answers = [writing.answer(part, sign, attribute, rng) for _ in range(rng.choice(ANSWERS))]
         votes, accepted = cast_votes([true_reward(title, _visible(answer)) for answer in answers], rng)
         post_id += 1
         question_id = post_id

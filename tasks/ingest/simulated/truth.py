@@ -2,7 +2,7 @@
 
     true_reward = 0.5 right + 0.3 shows how + 0.2 clear        in 0..1
 
-right: it names the value that holds for the asked part, and no other value of that kind. Shows how: it gives the method
+right: it names the value that the sign in the question asks for, and no other value of that kind. Shows how: it gives the method
 that belongs to what was asked (another question's method does not count). Clear: it does not hedge, says nothing twice,
 and ends like a sentence. Length, politeness, code fences and lists count nothing.
 
@@ -12,7 +12,7 @@ Votes are drawn from this number and noise (votes.py), so the reward that ranks 
 import re
 from collections.abc import Iterable
 
-from tasks.ingest.simulated.world import ATTRIBUTES, FACTS, HEDGES, PARTS, SITE, Attribute
+from tasks.ingest.simulated.world import BY_SIGN, HEDGES, SITE, Attribute
 
 __all__ = ["SITE", "asked", "best_pair_accuracy", "is_clear", "is_right", "shows_how", "true_reward"]
 
@@ -29,25 +29,24 @@ def _has(text: str, phrase: str) -> bool:
 
 
 def asked(question: str) -> tuple[str, Attribute]:
-    """Which part and which attribute a question is about; ValueError if it is none of this site's questions."""
+    """The sign and the attribute that a question is about; ValueError if it is none of this site's questions."""
     text = _plain(question)
-    parts = [part for part in PARTS if _has(text, part)]
-    attributes = [attribute for attribute in ATTRIBUTES if any(_has(text, cue) for cue in attribute.cues)]
-    if len(parts) != 1 or len(attributes) != 1:
+    signs = [sign for sign in BY_SIGN if _has(text, _plain(sign))]
+    if len(signs) != 1:
         raise ValueError(f"not a question of the simulated site {SITE}: {question[:80]!r}")
-    return parts[0], attributes[0]
+    return signs[0], BY_SIGN[signs[0]]
 
 
-def is_right(part: str, attribute: Attribute, answer: str) -> bool:
+def is_right(sign: str, attribute: Attribute, answer: str) -> bool:
     """The answer names the right value and no other value of the attribute."""
     text = _plain(answer)
-    return [value for value in attribute.values if _has(text, value)] == [FACTS[part, attribute.name]]
+    return [value for value in attribute.values if _has(text, value)] == [attribute.facts[sign]]
 
 
 def shows_how(attribute: Attribute, answer: str) -> bool:
     """The answer gives a method that belongs to the attribute."""
     text = _plain(answer)
-    return any(_has(text, key) for key in attribute.method_keys)
+    return _has(text, attribute.method_key)
 
 
 def is_clear(answer: str) -> bool:
@@ -60,8 +59,8 @@ def is_clear(answer: str) -> bool:
 
 def true_reward(question: str, answer: str) -> float:
     """How good `answer` really is for `question` (both Markdown or plain text), in 0..1."""
-    part, attribute = asked(question)
-    return RIGHT * is_right(part, attribute, answer) + HOW * shows_how(attribute, answer) + CLEAR * is_clear(answer)
+    sign, attribute = asked(question)
+    return RIGHT * is_right(sign, attribute, answer) + HOW * shows_how(attribute, answer) + CLEAR * is_clear(answer)
 
 
 def best_pair_accuracy(pairs: Iterable[tuple[str, str, str]]) -> float:

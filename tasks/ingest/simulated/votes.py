@@ -10,7 +10,7 @@ import math
 import random
 
 SLOPE, DISLIKE, ACCEPTS, ACCEPT_SLOPE = 3.0, 0.12, 0.6, 5.0
-VISITORS = (6.0, 14.0, 40.0)
+VISITORS = (20.0, 40.0, 80.0)
 EXPOSURE = (1.0, 0.85, 0.75, 0.65, 0.6)
 
 

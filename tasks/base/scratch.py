@@ -1,0 +1,116 @@
+"""A small language model from nothing: byte-level BPE and a tied-embedding Llama, both trained on the sft split."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from tasks import optim, prompts
+from tasks.base.config import ScratchConfig
+from tasks.base.fit import Fit, Fitted, fit, held_out
+from tasks.compute import Compute
+from tasks.ingest.dataset import iter_questions
+from tasks.packing import Document
+from tasks.progress import Progress
+
+EOS, PAD = "<|eos|>", "<|pad|>"
+WARMUP = 0.05  # of the steps
+FLOOR = 0.1  # of the peak learning rate
+BETAS = (0.9, 0.95)
+
+
+def iter_texts(data: Path) -> Iterator[tuple[str, str, str]]:
+    """(question's key, question, answer) of every answer of the sft split."""
+    for question in iter_questions(data, "sft", columns=["site", "qid", "question", "answers"]):
+        for answer in question["answers"]:
+            if answer["text"].strip():
+                yield f"{question['site']}/{question['qid']}", question["question"], answer["text"]
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE as GPT-2's, but every digit is a token of its own; no text is unknown to it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
+
+
+def initialise(config: ScratchConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """A Llama with random weights, N(0, 0.02)."""
+    if config.hidden_size % (2 * config.heads):
+        raise ValueError(
+            f"base.scratch.hidden_size={config.hidden_size} must be a multiple of twice "
+            f"base.scratch.heads={config.heads} (rotary positions)"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Any = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                num_hidden_layers=config.layers,
+                num_attention_heads=config.heads,
+                num_key_value_heads=config.heads,
+                max_position_embeddings=config.context,
+                initializer_range=0.02,
+                tie_word_embeddings=True,
+                bos_token_id=None,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+    model.set_attn_implementation("sdpa")
+    return cast(PreTrainedModel, model)
+
+
+def train_scratch(
+    config: ScratchConfig, seed: int, *, data: Path, device: torch.device, compute: Compute, progress: Progress
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, Fitted]:
+    """Tokenizer, then language modelling on every answer of every question; the questions held back are those of `sft`."""
+    texts = list(iter_texts(data))
+    validation_keys = held_out([key for key, _, _ in texts])
+    used = [(question, answer) for key, question, answer in texts if key not in validation_keys]
+    tokenizer = train_tokenizer(
+        (f"{prompts.query_text(question)} {answer.strip()}" for question, answer in used), config.vocab_size
+    )
+    train = [encode(tokenizer, question, answer, config.context) for question, answer in used]
+    validation = [encode(tokenizer, question, answer, config.context) for key, question, answer in texts if key in validation_keys]
+    model: Any = initialise(config, tokenizer, seed)
+    model = model.to(device)
+    warmup = round(WARMUP * config.steps)
+    how = Fit(
+        steps=config.steps,
+        rows=max(1, config.batch_tokens // config.context),
+        row_tokens=min(config.context, config.batch_tokens),
+        learning_rate=config.learning_rate,
+        schedule=lambda step: optim.warmup_cosine(step, config.steps, warmup, FLOOR),
+        weight_decay=config.weight_decay,
+        betas=BETAS,
+        seed=seed,
+        setting="base.scratch.learning_rate",
+    )
+    fitted = fit(
+        model, train, validation, how, device=device, micro_batch_tokens=compute.micro_batch_tokens, progress=progress
+    )  # fmt: skip
+    return model, tokenizer, fitted
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, question: str, answer: str, context: int) -> Document:
+    """The whole text carries loss. A question may take half of the context; an answer too long loses its end."""
+    query = prompts.encode_query(tokenizer, question, context // 2)
+    response = prompts.encode_response(tokenizer, answer, context - len(query))
+    return Document(np.array(query + response, np.int32), first_label=1)

@@ -1,0 +1,204 @@
+"""evaluate: everybody answers the same held-out questions, two judges (and the truth, where known) score, a verdict follows."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tasks import prompts
+from tasks.compute import Compute, prepare
+from tasks.evaluate import plots, report
+from tasks.evaluate.answers import Answers, best_of, choose_questions, human_answers, sample_answers, scores_of, seed_of
+from tasks.evaluate.config import EvaluateConfig
+from tasks.evaluate.likelihood import kl, perplexity, response_logprobs
+from tasks.evaluate.tables import Divergence, gain_of, headline, read_json, reward_model_table, tabulate
+from tasks.evaluate.verdict import verdict
+from tasks.ingest.dataset import best_answer
+from tasks.ingest.simulated.truth import true_reward
+from tasks.models import load_lora, load_model, load_tokenizer, use
+from tasks.progress import Progress
+from tasks.reward.model import load_reward
+
+
+def evaluate(
+    config: EvaluateConfig,
+    *,
+    base: Path,
+    sft: Path,
+    reward: Path,
+    ppo: Path,
+    data: Path,
+    out: Path,
+    compute: Compute,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Write verdict.json, tables.json, samples.json, plots/, report.html and REPORT.md under `out`; return the headline numbers."""
+    card = read_json(data / "card.json") or {}
+    simulated = card.get("simulated") is True
+    questions = choose_questions(data, config.max_questions, config.seed)
+    everyone, divergence = write(config, questions, base=base, sft=sft, reward=reward, ppo=ppo, compute=compute, progress=progress)
+    if simulated:
+        for answers in everyone.values():
+            true = [[true_reward(q["question"], text) for text in row] for q, row in zip(questions, answers.texts)]
+            answers.scores["true"] = np.array(true, dtype=np.float64)
+
+    progress(0, 2, phase="tables")
+    tables = tabulate(config, everyone, divergence)
+    tables["reward_model"] = reward_model_table(reward, card.get("best_possible_accuracy"))
+    gains = {scorer: gain_of(config, everyone, "ppo", scorer) for scorer in everyone["sft"].scores}
+    found = verdict(gains, len(questions), config.confidence)
+    found |= {
+        "simulated": simulated,
+        "samples_per_question": config.samples_per_question,
+        "win_rate": next(row["win_rate"] for row in tables["models"] if row["name"] == "ppo"),
+        "reward_model": tables["reward_model"],
+    }
+    samples = side_by_side(questions, everyone, config.shown_samples, config.seed)
+
+    progress(1, 2, phase="report")
+    folders = {"ingest": data, "base": base, "sft": sft, "reward": reward, "ppo": ppo}
+    figures = plots.draw(
+        out / "plots",
+        curves={step: read_json(folder / "curves.json") or [] for step, folder in folders.items() if step != "ingest"},
+        calibration=read_json(reward / "calibration.json") or {},
+        tables=tables,
+        scores={name: answers.scores for name, answers in everyone.items()},
+        by=found["by"],
+    )
+    notice = data / "NOTICE.md"
+    page = report.Report(
+        verdict=found,
+        tables=tables,
+        samples=samples,
+        figures=figures,
+        card=card,
+        manifests={step: read_json(folder / "manifest.json") for step, folder in folders.items()},
+        config=config.identity(),
+        notice=notice.read_text(encoding="utf-8") if notice.is_file() else "",
+    )
+    for name, content in (("verdict", found), ("tables", tables), ("samples", samples)):
+        (out / f"{name}.json").write_text(
+            json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+        )
+    (out / "report.html").write_text(report.html(page), encoding="utf-8")
+    (out / "REPORT.md").write_text(report.markdown(page), encoding="utf-8")
+    progress(2, 2, phase="report")
+    return headline(found, tables)
+
+
+def write(
+    config: EvaluateConfig,
+    questions: Sequence[dict[str, Any]],
+    *,
+    base: Path,
+    sft: Path,
+    reward: Path,
+    ppo: Path,
+    compute: Compute,
+    progress: Progress,
+) -> tuple[dict[str, Answers], Divergence]:
+    """The answers of human, base, sft, best-of-n and ppo, scored by reward model and judge; and how far the models differ."""
+    device = prepare(compute)
+    tokenizer = load_tokenizer(sft / "model")
+    if load_tokenizer(base / "model").get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"{base} and {sft} have different tokenizers: evaluate the base that sft was trained from")
+    queries = [prompts.encode_query(tokenizer, q["question"], config.max_query_tokens) for q in questions]
+    batch_size = max(1, compute.micro_batch_tokens // (max(map(len, queries)) + config.max_new_tokens))
+    human = human_answers(questions, tokenizer)
+
+    def answer(model: Any, name: str, samples: int) -> Answers:
+        return sample_answers(
+            model,
+            tokenizer,
+            queries,
+            samples=samples,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            seed=seed_of(config.seed, name),
+            device=device,
+            batch_size=batch_size,
+            told=lambda done, total: progress(done, total, phase=f"answers of {name}"),
+        )
+
+    def logprobs(model: Any, of_queries: list[list[int]], responses: list[list[int]], temperature: float) -> Any:
+        return response_logprobs(
+            model,
+            of_queries,
+            responses,
+            temperature=temperature,
+            device=device,
+            batch_tokens=compute.micro_batch_tokens,
+        )
+
+    def human_perplexity(model: Any) -> float:
+        room = model.config.max_position_embeddings
+        cut = [row[0][: room - len(query)] for query, row in zip(queries, human.ids)]
+        return perplexity(logprobs(model, queries, cut, temperature=1.0))
+
+    # the base model is a network of its own; sft keeps base's tokenizer, so both read and write the same ids
+    model: Any = load_model(base / "model", config.dtype, device)
+    everyone = {"human": human, "base": answer(model, "base", config.samples_per_question)}
+    perplexities = {"base": human_perplexity(model)}
+
+    # all the others are sft's model with one of three adapters, or none
+    model = load_model(sft / "model", config.dtype, device)
+    reward_model = load_reward(model, reward, "reward")
+    judge = load_reward(reward_model.model, reward / "judge", "judge")
+    model = load_lora(judge.model, ppo / "policy", "policy", trainable=False).eval()
+    reward_model.micro_batch_tokens = judge.micro_batch_tokens = compute.micro_batch_tokens
+    max_length = min(reward_max_length(reward), model.config.max_position_embeddings)
+    with use(model, None):
+        everyone["sft"] = answer(model, "sft", config.samples_per_question)
+        drawn = answer(model, "best-of-n", config.samples_per_question * config.best_of)
+        perplexities["sft"] = human_perplexity(model)
+    everyone["best-of-n"] = best_of(drawn, scores_of(reward_model, queries, drawn.ids, max_length), config.best_of)
+    with use(model, "policy"):
+        everyone["ppo"] = answer(model, "ppo", config.samples_per_question)
+        perplexities["ppo"] = human_perplexity(model)
+
+    for done, (name, answers) in enumerate(everyone.items()):
+        progress(done, len(everyone), phase=f"scores of {name}")
+        answers.scores["reward"] = scores_of(reward_model, queries, answers.ids, max_length)
+        answers.scores["judge"] = scores_of(judge, queries, answers.ids, max_length)
+
+    rows = [(query, ids) for query, row in zip(queries, everyone["ppo"].ids) for ids in row]
+    asked, given = [query for query, _ in rows], [ids for _, ids in rows]
+    with use(model, "policy"):
+        policy = logprobs(model, asked, given, config.temperature)
+    with use(model, None):
+        reference = logprobs(model, asked, given, config.temperature)
+    # best-of-n: Stiennon et al. 2020, https://arxiv.org/abs/2009.01325, appendix G.3
+    bound = math.log(config.best_of) - (config.best_of - 1) / config.best_of
+    return everyone, Divergence({"ppo": kl(policy, reference).reshape(len(queries), -1)}, {"best-of-n": bound}, perplexities)
+
+
+def reward_max_length(reward: Path) -> int:
+    """Longest sequence that the reward model was trained on, tokens; by its manifest, where it has one."""
+    manifest = read_json(reward / "manifest.json") or {}
+    return int((manifest.get("config") or {}).get("max_length", 1 << 30))
+
+
+def side_by_side(
+    questions: Sequence[dict[str, Any]], everyone: Mapping[str, Answers], shown: int, seed: int
+) -> list[dict[str, Any]]:
+    """Some questions with everybody's first answer, chosen by lot and not by result; human answers with their authors."""
+    chosen = sorted(np.random.default_rng(seed).permutation(len(questions))[:shown].tolist())
+    return [
+        {
+            **{key: questions[i][key] for key in ("site", "qid", "title", "question")},
+            "credit": {key: best_answer(questions[i]).get(key) for key in ("answer_id", "author", "author_profile", "licence")},
+            "answers": {
+                name: {
+                    "text": answers.texts[i][0],
+                    "finished": bool(answers.finished[i, 0]),
+                    "tokens": len(answers.ids[i][0]),
+                    "scores": {scorer: float(values[i, 0]) for scorer, values in answers.scores.items()},
+                }
+                for name, answers in everyone.items()
+            },
+        }
+        for i in chosen
+    ]

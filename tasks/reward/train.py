@@ -1,0 +1,268 @@
+"""Training of the reward model and of its independent twin, the judge.
+
+Both are a LoRA adapter and a head on sft's merged, frozen model; the judge learns from another split with another seed, so that
+it can tell when PPO has learnt to please the reward model alone. An optimizer step takes `questions_per_step` questions with all
+their pairs and encodes each distinct answer once.
+"""
+
+import json
+import math
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tasks.compute import Compute, prepare
+from tasks.models import adapter_parameters, add_lora, causal_lm, load_model, load_tokenizer
+from tasks.optim import adamw, clip_gradients, fast_matmul, finite, set_learning_rate, warmup_linear
+from tasks.progress import Progress
+from tasks.prompts import encode_query
+from tasks.reward.accuracy import differences, flatten, full_accuracy, wins
+from tasks.reward.baselines import baselines
+from tasks.reward.calibration import calibrate
+from tasks.reward.config import RewardConfig
+from tasks.reward.data import Encoded, Question, batches_of_questions, encode, read_questions
+from tasks.reward.loss import reward_loss
+from tasks.reward.model import RewardModel, ScoreHead, load_reward, save
+from tasks.reward.report import write_report
+from tasks.rollout import Rollout, generate
+
+CURVE_EVALUATIONS = 8
+Curve = list[dict[str, Any]]
+
+
+def train(config: RewardConfig, *, sft: Path, data: Path, out: Path, compute: Compute, progress: Progress) -> dict[str, Any]:
+    """Reward model into `out`, judge into `out`/judge; both measured on the eval split beside baselines. Returns the metrics."""
+    device = prepare(compute)
+    tokenizer = load_tokenizer(sft / "model")
+    model: Any = load_model(sft / "model", config.dtype, device)
+    _fits(config, causal_lm(model).config.max_position_embeddings)
+
+    evaluated = read_questions(data, "eval", config.max_eval_questions, config.seed)
+    if len(evaluated) < 2:
+        raise ValueError(
+            "the eval split has one question with pairs, calibration needs two: raise reward.max_eval_questions or the data"
+        )
+    pairs = flatten(evaluated)
+    splits = {split: read_questions(data, split, config.max_questions, config.seed) for split in ("reward", config.judge_split)}
+    card = json.loads((data / "card.json").read_text())
+    rivals = baselines(splits["reward"], evaluated, card.get("best_possible_accuracy"))
+    progress.note(f"best baseline on {len(pairs.gap)} eval pairs: {rivals['best']['name']} {rivals['best']['accuracy']:.1%}")
+
+    # before there is an adapter, so these are the SFT model's own
+    samples = _sft_samples(config, model, tokenizer, splits["reward"], device)
+    encoded_eval = [_encode(config, tokenizer, q) for q in evaluated]
+    probes = [(q.query, response) for q in encoded_eval for response in q.responses][:32]
+
+    curves: Curve = []
+    results: dict[str, dict[str, Any]] = {}
+    calibrations: dict[str, dict[str, Any]] = {}
+    scale: dict[str, tuple[float, float]] = {}
+    expected: dict[str, Tensor] = {}
+    folders = {"reward": out, "judge": out / "judge"}
+    for name, split, seed in (("reward", "reward", config.seed), ("judge", config.judge_split, config.seed + 1)):
+        model = add_lora(model, config.lora, name, seed)
+        head = ScoreHead(causal_lm(model).config.hidden_size, seed).to(device)
+        trained = RewardModel(model, name, head, micro_batch_tokens=compute.micro_batch_tokens)
+        few = min(256, max(16, len(splits[split]) // 32))  # so that watching costs little beside training
+        watched = encoded_eval[:: max(1, len(encoded_eval) // few)][:few]
+        with fast_matmul():
+            curves += fit(config, trained, _Encodings(config, tokenizer, splits[split]), watched, seed=seed, progress=progress)
+        for parameter in [*adapter_parameters(model, name), *head.parameters()]:
+            parameter.requires_grad_(False)
+
+        progress.note(f"{name}: measuring on {len(evaluated)} questions of the eval split")
+        difference = _differences(trained, encoded_eval)
+        results[name] = full_accuracy(difference, pairs)
+        results[name] |= {
+            "responses": sum(len(q.responses) for q in encoded_eval),
+            "responses_cut": sum(q.cut for q in encoded_eval),
+        }
+        calibrations[name] = calibrate(difference, pairs.question)
+        trained.mean, trained.std = scale[name] = score_scale(trained.scores(samples.queries, samples.responses))
+        expected[name] = trained.scores(*_columns(probes))
+        folders[name].mkdir(exist_ok=True)
+        save(trained, folders[name])
+
+    del model, trained  # the check reads everything back from disk, and wants the memory
+    read_back: Any = load_model(sft / "model", config.dtype, device)
+    for name, folder in folders.items():
+        read_back = check_hand_over(read_back, folder, name, probes, expected[name]).model
+
+    for file, content in (("accuracy", results), ("baselines", rivals), ("calibration", calibrations), ("curves", curves)):
+        (out / f"{file}.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_report(out / "REPORT.md", results=results, rivals=rivals, calibrations=calibrations, scale=scale, curves=curves)
+    return _metrics(results, rivals, calibrations, scale)
+
+
+def fit(
+    config: RewardConfig,
+    reward: RewardModel,
+    questions: Sequence[Encoded],
+    watched: list[Encoded],
+    *,
+    seed: int,
+    progress: Progress,
+) -> Curve:
+    """AdamW with a linear learning rate to 0, gradient clip 1; -> one dict a step, now and then with the accuracy on `watched`."""
+    curve: Curve = []
+    steps_per_epoch = math.ceil(len(questions) / config.questions_per_step)
+    total = steps_per_epoch * config.epochs
+    parameters = [*adapter_parameters(reward.model, reward.adapter_name), *reward.head.parameters()]
+    optimizer = adamw(parameters, config.learning_rate, config.weight_decay)
+    warmup = min(config.warmup_steps, total - 1)
+    evaluate_every = max(1, total // CURVE_EVALUATIONS)
+    torch.manual_seed(seed)  # dropout
+    step = 0
+    for epoch in range(config.epochs):
+        order = list(range(len(questions)))
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        for start in range(0, len(order), config.questions_per_step):
+            batch = [questions[i] for i in order[start : start + config.questions_per_step]]
+            learning_rate = config.learning_rate * warmup_linear(step, total, warmup)
+            set_learning_rate(optimizer, learning_rate)
+            reward.model.train()
+            row = accumulate(reward, batch, config, reward.micro_batch_tokens)
+            row |= {"lr": learning_rate, "grad_norm": clip_gradients(optimizer, 1.0)}
+            for quantity in ("loss", "grad_norm"):
+                finite(
+                    row[quantity], f"{reward.adapter_name}'s {quantity}", step + 1, f"reward.learning_rate={config.learning_rate}"
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            if step % evaluate_every == 0 or step == total:
+                row["eval/accuracy"] = float(wins(_differences(reward, watched)).mean())
+            curve.append({"model": reward.adapter_name, "step": step, **row})
+            progress(step, total, phase=reward.adapter_name, **row)
+    reward.model.eval()
+    return curve
+
+
+def accumulate(reward: RewardModel, batch: list[Encoded], config: RewardConfig, micro_batch_tokens: int) -> dict[str, float]:
+    """Add the gradients of the batch's mean loss over questions, whole questions at a time; -> loss and accuracy of its pairs.
+
+    The micro-batches change nothing but the rounding (and which numbers LoRA's dropout draws).
+    """
+    loss, won, pairs = 0.0, 0.0, 0
+    for group in batches_of_questions(batch, micro_batch_tokens):
+        scores = reward.forward([q.query + response for q in group for response in q.responses], micro_batch_tokens)
+        j_k, question, gap = (tensor.to(scores.device) for tensor in index_pairs(group))
+        part = reward_loss(scores, j_k, question, config.gap_margin * gap, config.centering) / len(batch)
+        part.backward()
+        loss += part.item()
+        won += float(((scores[j_k[:, 0]] - scores[j_k[:, 1]]).detach().sign().float() + 1).sum() / 2)
+        pairs += len(j_k)
+    return {"loss": loss, "accuracy": won / pairs}
+
+
+def index_pairs(questions: list[Encoded]) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs of several questions as indices into all their responses in a row; -> (P, 2), (P,) question numbers, (P,) gaps."""
+    starts = np.cumsum([0, *(len(q.responses) for q in questions)])
+    j_k = [(int(starts[n]) + j, int(starts[n]) + k) for n, q in enumerate(questions) for j, k in q.pairs]
+    numbers = [n for n, q in enumerate(questions) for _ in q.pairs]
+    return torch.tensor(j_k), torch.tensor(numbers), torch.tensor([gap for q in questions for gap in q.gaps], dtype=torch.float32)
+
+
+def score_scale(scores: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation of the SFT samples' raw scores; (B,) -> (mean, std)."""
+    mean, std = float(scores.double().mean()), float(scores.double().std(correction=0))
+    if not (math.isfinite(mean) and std > 1e-8):
+        raise ValueError(
+            f"the reward model gives {len(scores)} SFT samples the same score (mean {mean}, spread {std}): it has learnt nothing"
+        )
+    return mean, std
+
+
+def check_hand_over(
+    model: Any, folder: Path, name: str, probes: list[tuple[list[int], list[int]]], expected: Tensor
+) -> RewardModel:
+    """Load what was saved, as the next step will, and score the probes again: RuntimeError unless the scores are `expected`."""
+    loaded = load_reward(model, folder, name)
+    error = float((loaded.scores(*_columns(probes)) - expected).abs().max())
+    if not error <= 1e-5 * max(1.0, float(expected.abs().max())):
+        raise RuntimeError(
+            f"{name}: after save and load the scores of {len(probes)} probe texts differ by {error:.2e}: {folder} is wrong"
+        )
+    return loaded
+
+
+class _Encodings(Sequence[Encoded]):
+    """Questions as tokens, encoded when asked for: a large split stays text in memory."""
+
+    def __init__(self, config: RewardConfig, tokenizer: Any, questions: list[Question]) -> None:
+        self.config, self.tokenizer, self.questions = config, tokenizer, questions
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getitem__(self, index: Any) -> Any:
+        return _encode(self.config, self.tokenizer, self.questions[index])
+
+
+def _encode(config: RewardConfig, tokenizer: Any, question: Question) -> Encoded:
+    return encode(tokenizer, question, config.max_length, config.max_query_tokens)
+
+
+def _fits(config: RewardConfig, context: int) -> None:
+    longest = max(config.max_length, config.max_query_tokens + config.max_new_tokens)
+    if longest > context:
+        raise ValueError(
+            f"reward needs {longest} positions (max_length={config.max_length}, max_query_tokens={config.max_query_tokens} + "
+            f"max_new_tokens={config.max_new_tokens}), the model has {context}: lower reward.max_length or reward.max_new_tokens"
+        )
+
+
+def _sft_samples(config: RewardConfig, model: Any, tokenizer: Any, questions: list[Question], device: torch.device) -> Rollout:
+    """One sample a question at temperature 1, as in PPO; more than one where there are fewer questions than samples."""
+    chosen = list(questions)
+    random.Random(config.seed).shuffle(chosen)
+    queries = [encode_query(tokenizer, q.text, config.max_query_tokens) for q in chosen[: config.score_samples]]
+    queries = [queries[i % len(queries)] for i in range(config.score_samples)]
+    return generate(
+        model, tokenizer, queries, max_new_tokens=config.max_new_tokens, temperature=1.0, seed=config.seed, device=device
+    )  # fmt: skip
+
+
+def _differences(reward: RewardModel, questions: list[Encoded]) -> np.ndarray:
+    """Score of j minus score of k, every pair of every question; -> (P,)."""
+    texts = [(q.query, response) for q in questions for response in q.responses]
+    scores: Iterator[float] = iter(reward.scores(*_columns(texts)).tolist())
+    return differences([q.pairs for q in questions], [[next(scores) for _ in q.responses] for q in questions])
+
+
+def _columns(texts: list[tuple[list[int], list[int]]]) -> tuple[list[list[int]], list[list[int]]]:
+    return [query for query, _ in texts], [response for _, response in texts]
+
+
+def _metrics(
+    results: dict[str, dict[str, Any]],
+    rivals: dict[str, Any],
+    calibrations: dict[str, dict[str, Any]],
+    scale: dict[str, tuple[float, float]],
+) -> dict[str, Any]:
+    metrics = {
+        "accuracy": results["reward"]["accuracy"],
+        "accuracy_low": results["reward"]["interval"][0],
+        "accuracy_high": results["reward"]["interval"][1],
+        "judge_accuracy": results["judge"]["accuracy"],
+        "judge_accuracy_low": results["judge"]["interval"][0],
+        "judge_accuracy_high": results["judge"]["interval"][1],
+        "eval_pairs": results["reward"]["n_pairs"],
+        "best_baseline": rivals["best"]["accuracy"],
+        "best_baseline_name": rivals["best"]["name"],
+        "ece": calibrations["reward"]["ece"],
+        "temperature": calibrations["reward"]["temperature"],
+        "score_mean": scale["reward"][0],
+        "score_std": scale["reward"][1],
+        "judge_score_mean": scale["judge"][0],
+        "judge_score_std": scale["judge"][1],
+    }
+    metrics |= {name: rivals[name]["accuracy"] for name in ("longer_wins", "markup_wins", "earlier_wins", "tfidf")}
+    if "best_possible" in rivals:
+        metrics["best_possible"] = rivals["best_possible"]
+    return metrics

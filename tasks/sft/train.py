@@ -1,0 +1,158 @@
+"""Supervised fine-tuning: the base learns to answer, from each question's best answer.
+
+Precision. `fp32`: everything. `bf16` with LoRA: base weights and activations bf16, adapter fp32. `bf16` with full tuning:
+fp32 master weights, products in bf16 under autocast, stored as bf16.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tasks import models, optim, packing
+from tasks.base.fit import Fit, Fitted, fit
+from tasks.compute import Compute, prepare
+from tasks.curves import draw, write_curves
+from tasks.progress import Progress
+from tasks.sft.config import SFTConfig
+from tasks.sft.data import Documents, load_documents
+
+PROBES = 4
+ADAPTER = "sft"
+PACKING_TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}  # root mean square, of the logits' standard deviation
+
+
+def train(config: SFTConfig, *, base: Path, data: Path, out: Path, compute: Compute, progress: Progress) -> dict[str, Any]:
+    """`base` and the sft split in; model/ (whole, merged), adapter/ (LoRA only), curves.json, checks.json, REPORT.md out."""
+    device = prepare(compute)
+    tokenizer = models.load_tokenizer(base / "model")
+    autocast = config.dtype == "bf16" and config.tuning == "full"
+    model: Any = models.load_model(base / "model", "fp32" if autocast else config.dtype, device)
+    _check_lengths(config, model)
+    documents = load_documents(data, tokenizer, config)
+    probes = [[int(i) for i in document.ids] for document in documents.validation[:PROBES]]
+    checks: dict[str, Any] = {"packing": check_packing(model, [documents.validation[0], *documents.train[:PROBES]], config.dtype)}
+
+    if config.tuning == "lora":
+        model = models.add_lora(model, config.lora, ADAPTER, config.seed)
+    else:
+        model.requires_grad_(True)
+    how = Fit(
+        steps=config.steps,
+        rows=config.batch_size,
+        row_tokens=config.seq_length,
+        learning_rate=config.learning_rate,
+        schedule=lambda step: optim.warmup_cosine(step, config.steps, config.warmup_steps),
+        weight_decay=config.weight_decay,
+        betas=(0.9, 0.999),
+        seed=config.seed,
+        autocast=autocast,
+        setting="sft.learning_rate",
+    )
+    fitted = fit(
+        model, documents.train, documents.validation, how,
+        device=device, micro_batch_tokens=compute.micro_batch_tokens, progress=progress,
+    )  # fmt: skip
+
+    trained = probe_logits(model, probes, tokenizer.pad_token_id)
+    if config.tuning == "lora":
+        models.save_lora(model, out / "adapter", ADAPTER)
+        # From the files, as every later step will read them; a hand-over is checked where it can still be refused.
+        model = models.merged(
+            models.load_lora(models.load_model(base / "model", config.dtype, device), out / "adapter", ADAPTER, False), ADAPTER
+        )
+    save_model(models.cast_weights(model, config.dtype), tokenizer, out / "model")
+    stored = models.load_model(out / "model", config.dtype, device)
+    name = "merge" if config.tuning == "lora" else "save"
+    checks[name] = models.check_logits(trained, probe_logits(stored, probes, tokenizer.pad_token_id), config.dtype, name)
+
+    write_curves(out / "curves.json", fitted.curves)
+    checks["documents"] = dict(sorted(documents.counts.items()))
+    (out / "checks.json").write_text(json.dumps(checks, indent=2) + "\n")
+    (out / "REPORT.md").write_text(report(config, documents, fitted, checks))
+    return {
+        "loss": fitted.validation_loss,
+        "perplexity": math.exp(min(fitted.validation_loss, 700)),
+        "base_loss": fitted.curves[0]["validation_loss"],
+        "steps": config.steps,
+        "epochs": round(fitted.epochs, 3),
+        "tokens": fitted.tokens,
+        "tokens_per_second": round(fitted.tokens / fitted.seconds, 1),
+        "documents": len(documents.train),
+        "validation_documents": len(documents.validation),
+        "trainable_parameters": _trainable(config, out),
+    }
+
+
+def check_packing(model: PreTrainedModel, documents: list[packing.Document], dtype: str) -> dict[str, float]:
+    """Logits of documents packed into one row against those of each alone; an architecture that mixes them is refused."""
+    batch = packing.collate(documents, model.device)
+    with torch.no_grad():
+        hidden = packing.hidden_states(model, batch)
+        together = [models.logits(model, hidden[s : s + len(d.ids)]) for s, d in zip(batch.starts, documents, strict=True)]
+        alone = [model(torch.tensor(d.ids, dtype=torch.long, device=model.device)[None]).logits[0].float() for d in documents]
+    expected, actual = torch.cat(alone), torch.cat(together)
+    error = float((actual - expected).square().mean().sqrt() / expected.std())
+    if not error <= PACKING_TOLERANCE[dtype]:
+        raise ValueError(
+            f"{type(model).__name__} does not keep packed documents apart (logits differ by {error:.2g} of their spread)"
+        )
+    return {"rms_error": error, "max_error": float((actual - expected).abs().max())}
+
+
+def probe_logits(model: Any, probes: list[list[int]], pad_id: int) -> torch.Tensor:
+    """Logits at every token of the probe texts, (N, V), dropout off."""
+    ids, mask = models.pad_right(probes, pad_id, models.causal_lm(model).device)
+    with torch.no_grad():
+        return models.logits(model, models.hidden_states(model.eval(), ids, mask)[mask.bool()])
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """A complete Hugging Face folder: safetensors, configuration, tokenizer."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def report(config: SFTConfig, documents: Documents, fitted: Fitted, checks: dict[str, Any]) -> str:
+    """What was trained on, and how the loss went."""
+    first = fitted.curves[0]["validation_loss"]
+    what = f"LoRA r {config.lora.r}" if config.tuning == "lora" else "all weights"
+    hand_over = checks.get("merge") or checks["save"]
+    left_out = {key: n for key, n in sorted(documents.counts.items()) if n and "documents" not in key}
+    rows = [
+        ("validation loss", f"{first:.4f} -> {fitted.validation_loss:.4f}"),
+        ("validation perplexity", f"{math.exp(min(first, 700)):.2f} -> {math.exp(min(fitted.validation_loss, 700)):.2f}"),
+        ("tuned", f"{what}, {config.dtype}"),
+        ("steps", f"{config.steps} ({fitted.epochs:.1f} epochs)"),
+        ("tokens", f"{fitted.tokens:,} read, {fitted.label_tokens:,} with loss"),
+        ("questions", f"{len(documents.train):,} trained on, {len(documents.validation):,} held back"),
+        ("left out or cut", ", ".join(f"{key} {n:,}" for key, n in left_out.items()) or "none"),
+        ("stored model against trained one", f"logits differ by {hand_over['rms_error']:.1e} of their spread"),
+    ]
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows)
+    return f"# sft\n\n| | |\n|---|---|\n{table}\n\n{draw(fitted.curves, ['loss', 'validation_loss'])}\n"
+
+
+def _check_lengths(config: SFTConfig, model: PreTrainedModel) -> None:
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and config.seq_length > context:
+        raise ValueError(f"sft.seq_length={config.seq_length} is longer than the base's context of {context}: lower it")
+    if config.max_query_tokens >= config.seq_length:
+        raise ValueError(
+            f"sft.max_query_tokens={config.max_query_tokens} leaves no room for an answer in "
+            f"sft.seq_length={config.seq_length}: lower it"
+        )
+
+
+def _trainable(config: SFTConfig, out: Path) -> int:
+    from safetensors import safe_open
+
+    folder = out / ("adapter" if config.tuning == "lora" else "model")
+    total = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            total += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    return total

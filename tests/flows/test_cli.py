@@ -1,0 +1,148 @@
+"""The command: mistakes are one line and exit 2, damage and failure are 1, an interruption is 75; standard output is for --json."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flows.cli import main
+from tasks.artifacts import Identity, Store
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+    try:
+        code = main(argv)
+    except SystemExit as end:
+        code = end.code
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["run", "--preset", "tinny"], ["did you mean tiny?"]),
+        (["run", "--set", "ppo.stpes=3"], ["ppo.stpes", "did you mean ppo.steps?"]),
+        (["run", "--set", "ppo.steps=-3"], ["ppo.steps=-3", "greater than or equal to 1"]),
+        (["run", "--set", "ppo.steps"], ["section.name=value"]),
+        (["run", "--until", "training"], ["'training' is no step", "evaluate"]),
+        (["run", "--refresh", "sftt"], ["'sftt' is no step"]),
+        (["run", "--dump", "missing.7z"], ["missing.7z", "no such file"]),
+        (["run", "--preset", "smollm2"], ["--dump"]),
+        (["run", "--model", "scrach"], ["did you mean scratch?"]),
+        (["run", "--model", "tests"], ["config.json"]),
+        (["run", "--threads", "-2"], ["--threads", "'-2'"]),
+        (["run", "--seed", "x"], ["--seed"]),
+        (["run", "--device", "tpu"], ["tpu"]),
+        (["run", "--store", "s3://bucket/x"], ["s3://", "not supported yet"]),
+        (["run", "--store", "pyproject.toml"], ["is not a folder"]),
+        (["plan", "--set", "sft.lora.rank=3"], ["sft.lora has: r, alpha, dropout"]),
+        (["pln"], ["pln"]),
+        ([], ["VERB"]),
+        (["chat", "--store", "/nonexistent"], ["no ppo artifact", "stackrlhf run"]),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_exit_2(capsys, monkeypatch, argv, parts):
+    monkeypatch.chdir(ROOT)
+    code, out, err = run(capsys, *argv)
+    assert code == 2, err
+    assert out == ""
+    assert len(err.strip().splitlines()) == 1
+    for part in parts:
+        assert part in err
+
+
+def test_a_mistake_starts_nothing_and_makes_no_store(capsys, tmp_path):
+    assert run(capsys, "run", "--store", str(tmp_path / "store"), "--set", "ppo.steps=0")[0] == 2
+    assert not (tmp_path / "store").exists()
+
+
+def test_plan_prints_one_object_and_starts_no_server(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")  # nobody answers there
+    code, out, _ = run(capsys, "plan", "--preset", "ci", "--store", str(tmp_path / "store"), "--json")
+    plan = json.loads(out)
+    assert code == 0
+    assert list(plan["steps"]) == ["ingest", "base", "sft", "reward", "ppo", "evaluate", "promote"]
+    assert {step["state"] for step in plan["steps"].values()} == {"to-run"}
+    assert {"key", "state", "seconds", "peak_memory_bytes", "metrics", "uri"} <= set(plan["steps"]["sft"])
+    assert (plan["verdict"], plan["report"], plan["store"]) == (None, None, str(tmp_path / "store"))
+
+
+def test_the_store_can_come_from_the_environment(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("STACKRLHF_STORE", str(tmp_path / "mine"))
+    assert str(tmp_path / "mine") in run(capsys, "store", "ls")[1]
+
+
+def test_ls_and_verify_tell_what_is_stored_and_what_is_damaged(capsys, tmp_path):
+    store = Store(tmp_path / "store")
+    identity = Identity(step="sft", version=1, config={})
+    with store.attempt(identity.key) as out:
+        (out / "a.json").write_text("{}")
+        store.publish(out, identity, metrics={"loss": 1.25}, seconds=61, peak_memory_bytes=0)
+    where = ("--store", str(store.root))
+    code, shown, _ = run(capsys, "store", "ls", *where)
+    assert code == 0
+    for part in ("sft", identity.key[:12], "loss 1.25", "1 min 01 s"):
+        assert part in shown
+    assert json.loads(run(capsys, "store", "ls", "--json", *where)[1])["artifacts"][0]["key"] == identity.key
+    assert run(capsys, "store", "verify", *where)[0] == 0
+    (store.folder("sft", identity.key) / "a.json").write_text("[]")
+    code, shown, err = run(capsys, "store", "verify", *where)
+    assert code == 1
+    assert "1 damaged" in shown
+    assert "a.json" in err
+
+
+def test_simulate_writes_a_dump_and_does_not_write_over_one(capsys, tmp_path):
+    folder = tmp_path / "workshop"
+    assert run(capsys, "simulate", str(folder), "--questions", "3")[0] == 0
+    assert (folder / "Posts.xml").stat().st_size > 1000
+    code, _, err = run(capsys, "simulate", str(folder), "--questions", "3")
+    assert code == 2
+    assert "is there already" in err
+
+
+def test_help_names_every_verb_and_the_exit_codes(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    for verb in ("run", "plan", "simulate", "chat", "store"):
+        assert verb in out
+    assert "75 interrupted" in run(capsys, "run", "--help")[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_exits_with_75_and_the_next_one_goes_on(tmp_path, number):
+    """A process of its own, with its own Prefect, stopped while `base` trains."""
+    environment = os.environ | {"PREFECT_HOME": str(tmp_path / "prefect"), "OMP_NUM_THREADS": "1"}
+    environment.pop("PREFECT_API_URL", None)
+    command = [sys.executable, "-m", "flows.cli", "run", "--preset", "ci", "--until", "base", "--store", str(tmp_path / "store")]
+    options = ["--threads", "1", "--workers", "1", "--set", "base.scratch.steps=100000", "--set", "ingest.simulate.questions=60"]
+    process = subprocess.Popen(
+        [*command, *options],
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
+    )
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if "base: train" in line:
+            break
+    process.send_signal(number)
+    started = time.monotonic()
+    rest = process.communicate(timeout=120)[1]
+    assert process.returncode == 75, "".join(lines) + rest
+    assert "run the same command to go on" in rest
+    assert time.monotonic() - started < 60
+    store = Store(tmp_path / "store")
+    assert [m.step for m in store.list()] == ["ingest"]
+    assert list((store.root / "tmp").iterdir()) == []

@@ -1,0 +1,84 @@
+"""Pairs and splits: drawn by hash, so that nothing else in the dump can change them."""
+
+from collections import Counter
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks.ingest.pairs import choose_pairs, markup, roots, split_of
+
+SHARES = {"sft": 0.3, "reward": 0.3, "rl": 0.3, "eval": 0.1}
+RECORDED = ["sft", "rl", "reward", "rl", "rl", "sft", "rl", "rl", "reward", "sft", "sft", "reward"]
+scores = st.lists(st.integers(-1, 8), min_size=0, max_size=12)
+
+
+@given(scores, st.integers(1, 10**9), st.integers(1, 12))
+def test_pairs_prefer_the_higher_score_stand_once_and_are_as_many_as_there_can_be(pm_scores, qid, most):
+    answers = [(100 + place, score) for place, score in enumerate(pm_scores)]
+    pairs = choose_pairs("wood.test", qid, answers, most)
+    assert all(pm_scores[j] > pm_scores[k] for j, k in pairs)
+    assert len(set(pairs)) == len(pairs)
+    different = sum(a != b for a, b in combinations(pm_scores, 2))
+    assert len(pairs) == min(most, different)
+
+
+@given(scores, st.integers(1, 12))
+def test_fewer_pairs_are_the_first_of_more(pm_scores, most):
+    answers = [(100 + place, score) for place, score in enumerate(pm_scores)]
+    assert choose_pairs("wood.test", 5, answers, most) == choose_pairs("wood.test", 5, answers, 100)[:most]
+
+
+def test_every_pair_is_drawn_equally_often():
+    """7 answers with 7 scores make 21 pairs, of which 10 are drawn: each in 10/21 of 3,000 questions, give or take 4 sigma."""
+    answers = [(place, place) for place in range(7)]
+    drawn = Counter(pair for qid in range(3_000) for pair in choose_pairs("wood.test", qid, answers, 10))
+    expected, sigma = 3_000 * 10 / 21, (3_000 * 10 / 21 * 11 / 21) ** 0.5
+    assert len(drawn) == 21
+    assert all(abs(count - expected) < 4 * sigma for count in drawn.values())
+
+
+def test_pairs_do_not_depend_on_other_sites_but_differ_between_them():
+    answers = [(place, place) for place in range(7)]
+    assert choose_pairs("a.test", 1, answers, 10) == choose_pairs("a.test", 1, answers, 10)
+    assert choose_pairs("a.test", 1, answers, 10) != choose_pairs("b.test", 1, answers, 10)
+
+
+def test_splits_have_their_shares():
+    """20,000 questions: within 4 sigma of 30, 30, 30 and 10 percent."""
+    count = Counter(split_of("wood.test", qid, SHARES) for qid in range(20_000))
+    for split, share in SHARES.items():
+        assert abs(count[split] - 20_000 * share) < 4 * (20_000 * share * (1 - share)) ** 0.5
+
+
+def test_a_question_stays_in_its_split_for_ever():
+    """Recorded; a change here moves questions of trained models from training into evaluation."""
+    assert [split_of("beer.stackexchange.com", qid, SHARES) for qid in range(1, 13)] == RECORDED
+
+
+def test_the_smallest_question_is_the_root_of_its_cluster():
+    assert roots([(5, 3), (9, 5), (20, 21)]) == {3: 3, 5: 3, 9: 3, 20: 20, 21: 20}
+    assert roots([]) == {}
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=40))
+def test_roots_do_not_depend_on_the_order_of_links(edges):
+    found = roots(edges)
+    assert found == roots(reversed(edges)) == roots((b, a) for a, b in edges)
+    assert all(found[a] == found[b] for a, b in edges)
+    assert all(root <= node and found[root] == root for node, root in found.items())
+
+
+@pytest.mark.parametrize(
+    ("text", "marks"),
+    [
+        ("Plain text - and a_b.", 0),
+        ("Use `oil` and **wax**.", 6),
+        ("# Head\n\n- one\n- two\n\n1. first\n> said", 5),
+        ("[here](http://x.test) and ![pic](http://x.test/p.png)", 2),
+        ("```python\nx\n```", 6),
+    ],
+)
+def test_markup_counts_marks(text, marks):
+    assert markup(text) == marks
