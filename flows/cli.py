@@ -227,7 +227,7 @@ def run_verb(arguments: argparse.Namespace) -> int:
         if event.outcome:
             outcomes[event.step] = event.outcome
 
-    with Live(list(plans)) as live, _terminal(live), listening(live.update), watching(live.event), watching(keep):
+    with Live() as live, _terminal(live), listening(live.update), watching(live.event), watching(keep):
         live.line(f"{config.name}, store {store.uri}")
         live.busy("starting Prefect")
         try:

@@ -9,7 +9,7 @@ from typing import IO
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from tasks.progress import Update
 from tasks.step import Event
@@ -55,21 +55,21 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 class Live:
     """Listens to steps and their progress, and shows them on standard error."""
 
-    def __init__(self, steps: list[str], file: IO[str] | None = None):
+    def __init__(self, file: IO[str] | None = None):
         self._console = Console(stderr=True, highlight=False) if file is None else Console(file=file, highlight=False)
         self._fancy = self._console.is_terminal
-        self._steps = steps
         self._tasks: dict[str, TaskID] = {}
-        self._started: dict[str, float] = {}
+        self._phase = ("", "")
         self._printed = 0.0
         self._bars = Progress(
             SpinnerColumn(finished_text=" "),
-            TextColumn("{task.fields[step]:9}"),
-            TextColumn("{task.fields[state]:8}"),
-            BarColumn(bar_width=24),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[text]}", markup=False),
+            TextColumn("{task.fields[step]:8}", table_column=Column(min_width=8)),
+            TextColumn("{task.fields[state]:7}", table_column=Column(min_width=7)),
+            BarColumn(bar_width=16, table_column=Column(min_width=16)),
+            TimeElapsedColumn(table_column=Column(min_width=7)),
+            TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
             console=self._console,
+            expand=True,
         )
 
     def __enter__(self) -> "Live":
@@ -97,8 +97,6 @@ class Live:
     def event(self, event: Event) -> None:
         self._idle()
         step, outcome = event.step, event.outcome
-        if event.state == "running":
-            self._started[step] = time.monotonic()
         took = f" {duration(outcome.manifest.seconds)}" if event.state == "ran" and outcome else ""
         if not self._fancy:
             self.line(f"{step}: {event.state}{took}")
@@ -119,9 +117,9 @@ class Live:
             if update.step in self._tasks:
                 text = f"{update.phase} {update.done}/{update.total}  {numbers}"
                 self._bars.update(self._tasks[update.step], total=update.total or None, completed=update.done, text=text)
-        elif time.monotonic() - self._printed > PLAIN_SECONDS:
-            self._printed = time.monotonic()
-            self.line(f"{update.step}: {update.phase} {update.done}/{update.total}  {numbers}")
+        elif (update.step, update.phase) != self._phase or time.monotonic() - self._printed > PLAIN_SECONDS:
+            self._phase, self._printed = (update.step, update.phase), time.monotonic()
+            self.line(f"{update.step}: {update.phase} {update.done}/{update.total}  {numbers}".rstrip())
 
     def handler(self) -> logging.Handler:
         """Our warnings, and errors of others, as lines above the bars."""

@@ -4,6 +4,8 @@ import os
 from typing import Any
 
 from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
 
 from tasks.artifacts import Artifact
 from tasks.base.config import BaseModelConfig
@@ -27,18 +29,25 @@ STORE = os.environ.get("STACKRLHF_STORE", "./store")
 DEFAULT_COMPUTE = Compute()
 
 
+def own(state: Any) -> State[Artifact]:
+    """The step's state as the flow's own: Cached where the artifact was stored. Raises what the step raised."""
+    return Completed(name=state.name, message=state.message, data=state.result())
+
+
 @flow(name="ingest", flow_run_name="ingest", persist_result=False)
-def ingest(config: IngestConfig, *, store: str = STORE, compute: Compute = DEFAULT_COMPUTE, refresh: bool = False) -> Any:
+def ingest(
+    config: IngestConfig, *, store: str = STORE, compute: Compute = DEFAULT_COMPUTE, refresh: bool = False
+) -> State[Artifact]:
     """From StackExchange dumps, or a simulated site, to questions, pairs and splits."""
-    return ingest_task(config, Execution(store=store, compute=compute, refresh=refresh), return_state=True)
+    return own(ingest_task(config, Execution(store=store, compute=compute, refresh=refresh), return_state=True))
 
 
 @flow(name="base", flow_run_name="base", persist_result=False)
 def base(
     config: BaseModelConfig, *, ingest: Artifact, store: str = STORE, compute: Compute = DEFAULT_COMPUTE, refresh: bool = False
-) -> Any:
+) -> State[Artifact]:
     """The language model that everything starts from."""
-    return base_task(config, Execution(store=store, compute=compute, refresh=refresh), ingest=ingest, return_state=True)
+    return own(base_task(config, Execution(store=store, compute=compute, refresh=refresh), ingest=ingest, return_state=True))
 
 
 @flow(name="sft", flow_run_name="sft", persist_result=False)
@@ -50,9 +59,11 @@ def sft(
     store: str = STORE,
     compute: Compute = DEFAULT_COMPUTE,
     refresh: bool = False,
-) -> Any:
+) -> State[Artifact]:
     """Supervised fine-tuning on each question's best answer."""
-    return sft_task(config, Execution(store=store, compute=compute, refresh=refresh), base=base, ingest=ingest, return_state=True)
+    return own(
+        sft_task(config, Execution(store=store, compute=compute, refresh=refresh), base=base, ingest=ingest, return_state=True)
+    )
 
 
 @flow(name="reward", flow_run_name="reward", persist_result=False)
@@ -64,9 +75,11 @@ def reward(
     store: str = STORE,
     compute: Compute = DEFAULT_COMPUTE,
     refresh: bool = False,
-) -> Any:
+) -> State[Artifact]:
     """The reward model, and the judge that PPO never sees."""
-    return reward_task(config, Execution(store=store, compute=compute, refresh=refresh), sft=sft, ingest=ingest, return_state=True)
+    return own(
+        reward_task(config, Execution(store=store, compute=compute, refresh=refresh), sft=sft, ingest=ingest, return_state=True)
+    )
 
 
 @flow(name="ppo", flow_run_name="ppo", persist_result=False)
@@ -79,10 +92,10 @@ def ppo(
     store: str = STORE,
     compute: Compute = DEFAULT_COMPUTE,
     refresh: bool = False,
-) -> Any:
+) -> State[Artifact]:
     """Proximal policy optimization against the reward model."""
     execution = Execution(store=store, compute=compute, refresh=refresh)
-    return ppo_task(config, execution, sft=sft, reward=reward, ingest=ingest, return_state=True)
+    return own(ppo_task(config, execution, sft=sft, reward=reward, ingest=ingest, return_state=True))
 
 
 @flow(name="evaluate", flow_run_name="evaluate", persist_result=False)
@@ -97,10 +110,10 @@ def evaluate(
     store: str = STORE,
     compute: Compute = DEFAULT_COMPUTE,
     refresh: bool = False,
-) -> Any:
+) -> State[Artifact]:
     """Everybody answers the same held-out questions; a verdict follows."""
     execution = Execution(store=store, compute=compute, refresh=refresh)
-    return evaluate_task(config, execution, base=base, sft=sft, reward=reward, ppo=ppo, ingest=ingest, return_state=True)
+    return own(evaluate_task(config, execution, base=base, sft=sft, reward=reward, ppo=ppo, ingest=ingest, return_state=True))
 
 
 @flow(name="promote", flow_run_name="promote", persist_result=False)
@@ -114,7 +127,7 @@ def promote(
     store: str = STORE,
     compute: Compute = DEFAULT_COMPUTE,
     refresh: bool = False,
-) -> Any:
+) -> State[Artifact]:
     """Move the champion pointer if the verdict is *better*."""
     execution = Execution(store=store, compute=compute, refresh=refresh)
-    return promote_task(config, execution, evaluate=evaluate, ppo=ppo, sft=sft, reward=reward, return_state=True)
+    return own(promote_task(config, execution, evaluate=evaluate, ppo=ppo, sft=sft, reward=reward, return_state=True))

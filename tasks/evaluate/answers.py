@@ -95,13 +95,14 @@ def sample_answers(
 
 
 def best_of(answers: Answers, scores: np.ndarray, n: int) -> Answers:
-    """Of each n answers in a row the one with the highest score; (Q, S * n) -> (Q, S)."""
+    """Of each n answers in a row the one that the reward model scores highest; (Q, S * n) -> (Q, S)."""
     count = scores.shape[1] // n
     best = scores.reshape(len(scores), count, n).argmax(-1) + np.arange(count) * n
     return Answers(
         [[row[i] for i in chosen] for row, chosen in zip(answers.texts, best)],
         [[row[i] for i in chosen] for row, chosen in zip(answers.ids, best)],
         np.take_along_axis(answers.finished, best, axis=1),
+        {"reward": np.take_along_axis(scores, best, axis=1)},
     )
 
 

@@ -161,7 +161,8 @@ def write(
 
     for done, (name, answers) in enumerate(everyone.items()):
         progress(done, len(everyone), phase=f"scores of {name}")
-        answers.scores["reward"] = scores_of(reward_model, queries, answers.ids, max_length)
+        if "reward" not in answers.scores:  # best-of-n was chosen by it
+            answers.scores["reward"] = scores_of(reward_model, queries, answers.ids, max_length)
         answers.scores["judge"] = scores_of(judge, queries, answers.ids, max_length)
 
     rows = [(query, ids) for query, row in zip(queries, everyone["ppo"].ids) for ids in row]

@@ -26,7 +26,7 @@ TOLERANCE = {
     # 8 bits of mantissa: batches of another shape are rounded otherwise
     "bf16": {"ratio": 0.2, "kl": 1e-2, "logprobs": 0.2, "resampled": 0.2, "scores": 0.1},
 }
-MIN_EOS_PROBABILITY = 0.01
+MIN_EOS_PROBABILITY = 1e-3
 """Expected number of EOS per response, summed over its tokens."""
 PROBES = 8
 """Responses of the first rollout that the slower checks look at."""

@@ -5,8 +5,6 @@ One frozen base, sft's merged model, carries all the models as adapters: policy,
 adapter off it is the reference (row 1).
 """
 
-import copy
-import hashlib
 import json
 import math
 import time
@@ -19,33 +17,32 @@ import torch
 from torch import Tensor
 
 from tasks.compute import Compute, prepare
-from tasks.ingest.dataset import iter_questions
-from tasks.models import adapter_parameters, add_lora, causal_lm, load_lora, load_model, load_tokenizer, pad_right, save_lora, use
+from tasks.models import adapter_parameters, causal_lm, load_lora, save_lora, use
 from tasks.ppo import preflight
 from tasks.ppo.advantages import gae, whiten
 from tasks.ppo.config import PPOConfig
-from tasks.ppo.forward import policy_forward, response_hidden, response_mask, value_forward
+from tasks.ppo.forward import policy_forward, response_mask
 from tasks.ppo.guards import KL_COEF_FACTOR, Guard, Health, repetition
 from tasks.ppo.kl import AdaptiveKLController, k1, k3
-from tasks.ppo.losses import explained_variance, masked_mean, policy_loss, value_loss
+from tasks.ppo.losses import explained_variance, masked_mean
+from tasks.ppo.models import PPO, forward_rollout, load
+from tasks.ppo.queries import EVAL, ROLLOUT, draw, split_questions, stream
 from tasks.ppo.report import write_report
 from tasks.ppo.rewards import normalise_scores, penalise_missing_eos, token_rewards
+from tasks.ppo.update import Batch, update
 from tasks.progress import Progress
 from tasks.prompts import decode_response, encode_query
-from tasks.reward.model import RewardModel, ScoreHead, load_reward, similar_lengths
 from tasks.rollout import Rollout, generate
 
 SAMPLES = 16
 """Held-out queries whose responses before and after are shown."""
-ORDER, EPOCHS, ROLLOUT, EVAL = range(4)
-"""What a stream of random numbers is for."""
 
 
 def train(
     config: PPOConfig, *, sft: Path, reward: Path, data: Path, out: Path, compute: Compute, progress: Progress
 ) -> dict[str, Any]:
     """Policy adapter of the best checkpoint by held-out score, with its critic, curves, samples and what the guards saw."""
-    ppo = _load(config, sft, reward, prepare(compute), compute.micro_batch_tokens)
+    ppo = load(config, sft, reward, prepare(compute), compute.micro_batch_tokens)
     model, tokenizer, device = ppo.model, ppo.tokenizer, ppo.device
     train_questions, eval_questions = split_questions(data, config.eval_queries)
     queries = [encode_query(tokenizer, q, config.max_query_tokens) for q in train_questions]
@@ -198,45 +195,6 @@ def train(
 
 
 @dataclass
-class PPO:
-    """The models, all on one base, and how to run them."""
-
-    config: PPOConfig
-    model: Any
-    tokenizer: Any
-    reward: RewardModel
-    judge: RewardModel
-    value_head: ScoreHead
-    device: torch.device
-    micro_batch_tokens: int
-    probe: tuple[Tensor, Tensor]
-    """Ids and mask of a fixed text."""
-    base_logits: Tensor
-    """Of the probe, from the base before it carried any adapter."""
-
-    @property
-    def value_adapter(self) -> str:
-        return "value" if self.config.value == "adapter" else "policy"
-
-    def micro_batches(self, rollout: Rollout, rows: list[int]) -> list[list[int]]:
-        """The rows in groups that fit one forward pass."""
-        lengths = [len(rollout.queries[i]) + len(rollout.responses[i]) for i in rows]
-        return [[rows[k] for k in group] for group in similar_lengths(lengths, self.micro_batch_tokens)]
-
-
-@dataclass
-class Batch:
-    """A rollout and what the update needs of it; tensors are (B, T)."""
-
-    rollout: Rollout
-    mask: Tensor
-    old_logprobs: Tensor
-    old_values: Tensor
-    advantages: Tensor
-    returns: Tensor
-
-
-@dataclass
 class Evaluation:
     """The policy at one step on the held-out queries."""
 
@@ -246,131 +204,6 @@ class Evaluation:
     scores: list[float]
     """Normalised, not clipped, without penalties."""
     judge_scores: list[float]
-
-
-def stream(seed: int, purpose: int, step: int) -> int:
-    """The seed of one use of random numbers: nothing depends on how many were drawn before it (row 17)."""
-    return int(np.random.SeedSequence((seed, purpose, step)).generate_state(1)[0])
-
-
-def split_questions(data: Path, n_eval: int) -> tuple[list[str], list[str]]:
-    """The rl split's questions, training and held out: those with the n smallest hashes, whatever else is in the split."""
-    rows = [(r["site"], r["qid"], r["question"]) for r in iter_questions(data, "rl", ["site", "qid", "question"])]
-    if len(rows) <= n_eval:
-        raise ValueError(f"the rl split has {len(rows)} questions, ppo.eval_queries={n_eval} leaves none to train on: lower it")
-    ranked = sorted(rows, key=lambda row: hashlib.sha256(f"ppo-eval:{row[0]}:{row[1]}".encode()).digest())
-    held_out = {row[:2] for row in ranked[:n_eval]}
-    return [row[2] for row in rows if row[:2] not in held_out], [row[2] for row in ranked[:n_eval]]
-
-
-def draw(n: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """Indices of the queries of this step: every query once in each seeded epoch, batches running on over their ends."""
-    places = range((step - 1) * batch_size, step * batch_size)
-    orders = {e: np.random.default_rng((seed, ORDER, e)).permutation(n) for e in {place // n for place in places}}
-    return [int(orders[place // n][place % n]) for place in places]
-
-
-@torch.no_grad()
-def forward_rollout(ppo: PPO, rollout: Rollout, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities, entropies, reference log-probabilities and values of a rollout; (B, width) each, 0 outside responses."""
-    results: list[tuple[Tensor, ...]] = []
-    order: list[int] = []
-    for rows in ppo.micro_batches(rollout, list(range(len(rollout.queries)))):
-        queries, responses = [rollout.queries[i] for i in rows], [rollout.responses[i] for i in rows]
-        at = (ppo.config.temperature, width, ppo.device)
-        with use(ppo.model, "policy"):
-            hidden = response_hidden(ppo.model, queries, responses, ppo.device)
-            logprobs, entropy = policy_forward(ppo.model, queries, responses, *at, hidden=hidden)
-        with use(ppo.model, None):
-            ref_logprobs, _ = policy_forward(ppo.model, queries, responses, *at)
-        with use(ppo.model, ppo.value_adapter):
-            shared = hidden if ppo.value_adapter == "policy" else None
-            values = value_forward(ppo.model, ppo.value_head, queries, responses, width, ppo.device, hidden=shared)
-        results.append((logprobs, entropy, ref_logprobs, values))
-        order += rows
-    back = torch.tensor(order, device=ppo.device).argsort()
-    logprobs, entropy, ref_logprobs, values = (torch.cat(parts)[back] for parts in zip(*results))
-    return logprobs, entropy, ref_logprobs, values
-
-
-def update(ppo: PPO, optimizer: torch.optim.Optimizer, batch: Batch, step: int, critic_alone: bool) -> dict[str, float]:
-    """`epochs` passes over the rollout in minibatches; the losses are means over a minibatch's tokens, however it is cut up."""
-    config, rollout, n = ppo.config, batch.rollout, len(batch.rollout.queries)
-    shared = config.value == "policy_trunk"
-    groups = [group["params"] for group in optimizer.param_groups]
-    sums: dict[str, list[float]] = {}
-    learning = not critic_alone
-    over = False  # in shared mode the critic has no trunk of its own to go on with after the policy's last pass
-    rng = np.random.default_rng((config.seed, EPOCHS, step))
-    for _ in range(config.epochs):
-        order = rng.permutation(n).tolist()
-        for start in range(0, n, config.minibatch_size):
-            if over:
-                break
-            minibatch = order[start : start + config.minibatch_size]
-            tokens = batch.mask[minibatch].sum()
-            totals: dict[str, float] = {}
-            optimizer.zero_grad()
-            for rows in ppo.micro_batches(rollout, minibatch):
-                micro_metrics = _backward(ppo, batch, rows, float(batch.mask[rows].sum() / tokens), policy=learning, shared=shared)
-                for name, value in micro_metrics.items():
-                    totals[name] = totals.get(name, 0.0) + value
-            if not all(map(math.isfinite, totals.values())):
-                raise FloatingPointError(f"ppo: a loss is not finite at step {step}: {totals}; lower the learning rate")
-            for name, value in totals.items():
-                sums.setdefault(name, []).append(value)
-            if learning and totals["policy/kl"] > 1.5 * config.target_kl:  # row 16
-                learning, over = False, shared
-                if over:
-                    break
-                _forget(groups[0])
-            elif learning and totals["ratio"] > config.max_ratio:  # row 16
-                sums.setdefault("policy/skipped", []).append(1.0)
-                for group in groups if shared else groups[:1]:
-                    _forget(group)
-            for group in groups:  # apart: the critic's first, large gradients must not shrink the policy's
-                if not torch.nn.utils.clip_grad_norm_(group, config.max_grad_norm).isfinite():
-                    raise FloatingPointError(f"ppo: a gradient is not finite at step {step}; lower the learning rate")
-            optimizer.step()
-    optimizer.zero_grad()
-    return {name: float(np.mean(values)) for name, values in sums.items() if name != "policy/skipped"} | {
-        "policy/skipped": float(len(sums.get("policy/skipped", []))),
-        "policy/minibatches": float(len(sums.get("ratio", []))),
-    }
-
-
-def _backward(ppo: PPO, batch: Batch, rows: list[int], weight: float, policy: bool, shared: bool) -> dict[str, float]:
-    """Add these rows' gradients; `weight` is their share of the minibatch's tokens. Returns metrics times weight."""
-    config, model, width = ppo.config, ppo.model, batch.mask.shape[1]
-    queries, responses = [batch.rollout.queries[i] for i in rows], [batch.rollout.responses[i] for i in rows]
-    mask, old_logprobs = batch.mask[rows], batch.old_logprobs[rows]
-    metrics: dict[str, float] = {}
-    hidden = None
-    loss = torch.zeros((), device=ppo.device)
-    if policy:
-        with use(model, "policy"):
-            hidden = response_hidden(model, queries, responses, ppo.device)
-            logprobs, _ = policy_forward(model, queries, responses, config.temperature, width, ppo.device, hidden=hidden)
-        pg_loss, clipfrac, ratio = policy_loss(logprobs, old_logprobs, batch.advantages[rows], mask, config.cliprange)
-        loss = loss + pg_loss
-        difference = (logprobs - old_logprobs).detach()
-        metrics |= {
-            "policy/loss": float(pg_loss.detach()), "policy/clipfrac": float(clipfrac), "ratio": float(ratio),
-            "policy/approxkl": float(0.5 * masked_mean(difference.square(), mask)),
-            "policy/kl": float(masked_mean(k3(old_logprobs, logprobs.detach()), mask)),  # KL(old || new), sampled from old
-        }  # fmt: skip
-    elif shared:  # the critic alone: its head learns, the policy's trunk must not
-        with torch.no_grad(), use(model, "policy"):
-            hidden = response_hidden(model, queries, responses, ppo.device)
-    if not shared and policy:
-        (loss * weight).backward()  # before the critic's pass, to hold the activations of one pass at a time
-        loss = torch.zeros((), device=ppo.device)
-    with use(model, ppo.value_adapter):
-        values = value_forward(model, ppo.value_head, queries, responses, width, ppo.device, hidden=hidden if shared else None)
-    vf_loss, vf_clipfrac = value_loss(values, batch.old_values[rows], batch.returns[rows], mask, config.cliprange_value)
-    ((loss + config.vf_coef * vf_loss) * weight).backward()
-    metrics |= {"val/loss": float(vf_loss.detach()), "val/clipfrac": float(vf_clipfrac)}
-    return {name: value * weight for name, value in metrics.items()}
 
 
 def evaluate(ppo: PPO, queries: list[list[int]], step: int) -> Evaluation:
@@ -403,28 +236,6 @@ def evaluate(ppo: PPO, queries: list[list[int]], step: int) -> Evaluation:
     return Evaluation(step, metrics, texts, scores, judge_scores)
 
 
-def _load(config: PPOConfig, sft: Path, reward: Path, device: torch.device, micro_batch_tokens: int) -> PPO:
-    """One base, its adapters, and the critic's head, which begins as the reward model's in units of normalised scores (row 14)."""
-    tokenizer = load_tokenizer(sft / "model")
-    base = load_model(sft / "model", config.dtype, device)
-    probe = pad_right([encode_query(tokenizer, "How is a probe made, and what of?", 32)], tokenizer.pad_token_id, device)
-    with torch.no_grad():
-        base_logits = base(input_ids=probe[0], attention_mask=probe[1]).logits.float()
-    model = add_lora(base, config.lora, "policy", config.seed)
-    reward_model = load_reward(model, reward, "reward")
-    judge = load_reward(model, reward / "judge", "judge")
-    for scorer in (reward_model, judge):
-        scorer.micro_batch_tokens = micro_batch_tokens
-    if config.value == "adapter":
-        model = load_lora(model, reward / "adapter", "value", trainable=True)
-    value_head = copy.deepcopy(reward_model.head).requires_grad_(True)
-    with torch.no_grad():
-        value_head.weight /= reward_model.std
-        value_head.bias.copy_((value_head.bias - reward_model.mean) / reward_model.std)
-    model.eval()  # row 2: no dropout, and it stays so
-    return PPO(config, model, tokenizer, reward_model, judge, value_head, device, micro_batch_tokens, probe, base_logits)
-
-
 def _first_checks(
     ppo: PPO, rollout: Rollout, seed: int, old_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor
 ) -> list[preflight.Check]:
@@ -453,11 +264,6 @@ def _restore(parameters: list[torch.nn.Parameter], state: list[Tensor]) -> None:
     with torch.no_grad():
         for parameter, tensor in zip(parameters, state, strict=True):
             parameter.copy_(tensor)
-
-
-def _forget(parameters: list[torch.nn.Parameter]) -> None:
-    for parameter in parameters:
-        parameter.grad = None
 
 
 def _check_saved(ppo: PPO, folder: Path) -> None:

@@ -28,6 +28,7 @@ def test_best_of_two_by_hand():
     answers = Answers([["a", "b", "c", "d"]], [[[1], [2], [3], [4]]], np.array([[True, False, True, False]]))
     chosen = best_of(answers, np.array([[0.1, 0.9, 5.0, -5.0]]), 2)
     assert (chosen.texts, chosen.ids, chosen.finished.tolist()) == ([["b", "c"]], [[[2], [3]]], [[False, True]])
+    assert chosen.scores["reward"].tolist() == [[0.9, 5.0]]
 
 
 def test_purposes_have_seeds_of_their_own():

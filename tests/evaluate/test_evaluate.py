@@ -46,7 +46,7 @@ def simulated_site(tmp_path_factory) -> Path:
     rows = []
     for qid, part in enumerate(PARTS[:12], start=1):
         attribute = ATTRIBUTES[qid % len(ATTRIBUTES)]
-        title = attribute.titles[0].format(part=part)
+        title = attribute.titles[0].format(part=part, sign=next(iter(attribute.facts)))
         answer = {"answer_id": qid, "text": attribute.methods[0], "pm_score": 2, "votes": 3, "selected": True}
         rows.append(
             {"site": SITE, "qid": qid, "title": title, "question": title, "answers": [answer], "pairs": [], "split": "eval"}

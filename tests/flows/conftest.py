@@ -5,8 +5,9 @@ import pytest
 
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory):
-    import flows  # noqa: F401  sets what Prefect reads when it is imported
     from prefect.testing.utilities import prefect_test_harness
+
+    import flows  # noqa: F401  sets what Prefect reads when it is imported
 
     with prefect_test_harness(server_startup_timeout=180):
         yield

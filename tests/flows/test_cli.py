@@ -117,10 +117,15 @@ def test_help_names_every_verb_and_the_exit_codes(capsys):
     assert "75 interrupted" in run(capsys, "run", "--help")[1]
 
 
+@pytest.fixture(scope="module")
+def prefect_home(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("prefect")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_exits_with_75_and_the_next_one_goes_on(tmp_path, number):
+def test_an_interrupted_run_exits_with_75_and_keeps_what_was_finished(tmp_path, prefect_home, number):
     """A process of its own, with its own Prefect, stopped while `base` trains."""
-    environment = os.environ | {"PREFECT_HOME": str(tmp_path / "prefect"), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PREFECT_HOME": str(prefect_home), "OMP_NUM_THREADS": "1"}
     environment.pop("PREFECT_API_URL", None)
     command = [sys.executable, "-m", "flows.cli", "run", "--preset", "ci", "--until", "base", "--store", str(tmp_path / "store")]
     options = ["--threads", "1", "--workers", "1", "--set", "base.scratch.steps=100000", "--set", "ingest.simulate.questions=60"]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tasks.ppo import forward
 from tasks.models import load_model
+from tasks.ppo import forward
 from tasks.ppo.forward import policy_forward, response_hidden, response_mask, token_logprobs, value_forward
 from tasks.reward.model import ScoreHead
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from tasks.compute import Compute
 from tasks.models import load_lora, load_model, load_tokenizer
 from tasks.ppo.config import GuardConfig, PPOConfig
-from tasks.ppo.train import EVAL, draw, split_questions, stream, train
+from tasks.ppo.queries import EVAL, draw, split_questions, stream
+from tasks.ppo.train import train
 from tasks.progress import Progress, listening
 from tasks.prompts import decode_response, encode_query
 from tasks.rollout import generate
