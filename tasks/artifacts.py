@@ -17,9 +17,7 @@ import errno
 import hashlib
 import json
 import logging
-import math
 import os
-import platform
 import re
 import shutil
 import socket
@@ -29,326 +27,69 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
+
+from tasks.disk import (
+    StoreError,
+    alive,
+    disk_error,
+    folders,
+    fsync,
+    guarded,
+    inode,
+    is_disk_trouble,
+    machine,
+    make_folder,
+    process_start,
+    refusal,
+    size_of,
+    walk,
+    write_durably,
+)
+from tasks.manifest import (
+    Artifact,
+    FileEntry,
+    Identity,
+    Manifest,
+    Pointer,
+    canonical,
+    clean_metrics,
+    code_fingerprint,
+    file_digest,
+    library_versions,
+    now,
+)
+
+__all__ = [
+    "Artifact",
+    "Check",
+    "Damaged",
+    "Identity",
+    "Manifest",
+    "Pointer",
+    "Store",
+    "StoreError",
+    "canonical",
+    "clean_metrics",
+    "code_fingerprint",
+    "disk_error",
+    "file_digest",
+    "is_disk_trouble",
+    "library_versions",
+]
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-REPORTS = frozenset({"REPORT.md", "report.html"})
-"""Files for people, not read by any step: checked like the others, but not part of the artifact's digest."""
-SUFFIXES = frozenset(
-    {".json", ".jsonl", ".safetensors", ".parquet", ".md", ".png", ".svg", ".html", ".txt", ".jinja", ".model", ".csv"}
-)
-"""What an artifact may hold. Nothing that runs code when it is loaded."""
-LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy", "pyarrow", "bitsandbytes", "markdownify")
 ATTEMPT_DAYS = 7
 """Attempts of other machines are taken for dead after this."""
-
-Scalar = str | bool | int | float | None
-
-
-class StoreError(RuntimeError):
-    """The store cannot do what was asked; the message says where, and what is needed."""
 
 
 class Damaged(Exception):
     """A stored artifact is not what its manifest says."""
-
-
-def canonical(value: Any) -> str:
-    """JSON in one form only: sorted keys, no blanks, 1.0 written as 1, no NaN."""
-    return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
-
-
-class Identity(_Record):
-    """What a step's result depends on, and nothing else: no location, no execution setting."""
-
-    step: str
-    version: int
-    config: dict[str, Any]
-    inputs: dict[str, str] = {}
-    """Name of the input to its key."""
-    external: dict[str, str] = {}
-    """Name to digest of what comes from outside: dump, base model, champion."""
-
-    @property
-    def key(self) -> str:
-        return _sha256(canonical(self.model_dump()))
-
-
-class FileEntry(_Record):
-    bytes: int
-    sha256: str
-
-
-class Manifest(_Record):
-    """What is in an artifact, what it was made from, and by what."""
-
-    format: Literal[1] = 1
-    identity: Identity
-    input_digests: dict[str, str]
-    files: dict[str, FileEntry]
-    metrics: dict[str, Scalar]
-    seconds: float
-    peak_memory_bytes: int
-    code: str
-    """Fingerprint of the step's sources."""
-    libraries: dict[str, str]
-    created: str
-    host: str
-    pid: int
-
-    @property
-    def step(self) -> str:
-        return self.identity.step
-
-    @property
-    def key(self) -> str:
-        return self.identity.key
-
-    @property
-    def digest(self) -> str:
-        """Of the content that steps read."""
-        return _sha256(canonical({path: entry.sha256 for path, entry in self.files.items() if path not in REPORTS}))
-
-    @property
-    def bytes(self) -> int:
-        return sum(entry.bytes for entry in self.files.values())
-
-    def text(self) -> str:
-        """The file's exact content; `seal` is the digest of all the rest."""
-        content = self.model_dump()
-        return json.dumps({**content, "seal": _sha256(canonical(content))}, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
-
-    @classmethod
-    def parse(cls, text: str) -> "Manifest":
-        """ValueError unless `text` is, to the byte, what `text()` writes."""
-        content = json.loads(text)
-        content.pop("seal")
-        manifest = cls.model_validate(content)
-        if manifest.text() != text:
-            raise ValueError("its seal does not fit its content")
-        return manifest
-
-
-class Artifact(BaseModel):
-    """The small reference that steps hand to each other."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    step: str
-    key: str
-    uri: str
-    digest: str
-
-
-class Pointer(_Record):
-    """Where a pointer stands: `number` grows by one with every move."""
-
-    number: int
-    to: dict[str, Any]
-    moved: str
-
-    @property
-    def digest(self) -> str:
-        return _sha256(canonical(self.model_dump()))
-
-
-# ---- what an identity and a manifest are made of
-
-
-_digests: dict[tuple[str, int, int, int], str] = {}
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file's content; asked again in the same process it is read again only if size, time or inode changed."""
-    about = path.stat()
-    seen = (str(path.resolve()), about.st_size, about.st_mtime_ns, about.st_ino)
-    if seen not in _digests:
-        with path.open("rb") as file:
-            _digests[seen] = hashlib.file_digest(file, "sha256").hexdigest()
-    return _digests[seen]
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="microseconds")
-
-
-def code_fingerprint(step: str) -> str:
-    """Digest of the sources of tasks/<step>/ and of the modules in tasks/ that all steps share."""
-    root = Path(__file__).parent
-    sources = sorted([*root.glob("*.py"), *(root / step).rglob("*.py")])
-    return _sha256(canonical({p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sources}))
-
-
-def library_versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-def clean_metrics(metrics: Mapping[str, Any]) -> dict[str, Scalar]:
-    """JSON scalars: numpy's and torch's numbers become Python's; JSON has no NaN, so that one becomes the word."""
-    clean: dict[str, Scalar] = {}
-    for name, value in metrics.items():
-        plain = value.item() if hasattr(value, "item") else value
-        if isinstance(plain, float) and not math.isfinite(plain):
-            logger.warning("metric %s is %s", name, plain)
-            plain = str(plain)
-        if not isinstance(plain, str | bool | int | float | None):
-            raise TypeError(f"metric {name} is a {type(value).__name__}; metrics are a flat dict of numbers and strings")
-        clean[name] = plain
-    return clean
-
-
-# ---- the disk
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _write(path: Path, text: str) -> None:
-    """Create and fsync; the folder's entry is the caller's to fsync."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    try:
-        data = memoryview(text.encode())
-        while data:
-            data = data[os.write(fd, data) :]
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _make_folder(path: Path) -> None:
-    """mkdir -p that survives a power loss."""
-    if path.is_dir():
-        return
-    _make_folder(path.parent)
-    with suppress(FileExistsError):
-        os.mkdir(path)
-    _fsync(path.parent)
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Every file below, in a fixed order; folders that are links are yielded, not entered."""
-    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(Path(entry.path))
-        else:
-            yield Path(entry.path)
-
-
-def _folders(folder: Path) -> Iterator[Path]:
-    """Every folder, the deepest first, `folder` itself last."""
-    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
-        if entry.is_dir(follow_symlinks=False):
-            yield from _folders(Path(entry.path))
-    yield folder
-
-
-def _refusal(name: str) -> str | None:
-    """Why a file of this name has no place in an artifact."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name or "\0" in name:
-        return "leaves the artifact's folder"
-    if path.suffix not in SUFFIXES and path.name not in {"LICENSE", "NOTICE"}:
-        return f"is not one of {' '.join(sorted(SUFFIXES))} (pickles such as .pkl, .bin and .pt run code when they are loaded)"
-    return None
-
-
-def _process_start(pid: int) -> str:
-    """Tells a process from a later one with the same pid."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
-
-
-def _machine() -> str:
-    """This host, since this boot, in this pid namespace: where a pid means something."""
-    boot, space = "", ""
-    with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        space = os.readlink("/proc/self/ns/pid")
-    return f"{socket.gethostname()} {boot} {space}"
-
-
-def _alive(pid: int, started: str) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return _process_start(pid) == started
-
-
-def is_disk_trouble(error: BaseException) -> bool:
-    """Is the disk full, read-only or broken? safetensors and pyarrow say so in words only."""
-    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}:
-        return True
-    return "No space left on device" in str(error)
-
-
-def disk_error(error: BaseException, path: Path, needed: int | None = None) -> StoreError:
-    """One line: where, why, how many bytes are needed, and what to do."""
-    why = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    free = "an unknown number"
-    with suppress(OSError):
-        free = f"{shutil.disk_usage(next(p for p in [path, *path.parents] if p.exists())).free:,}"
-    size = (
-        f"{needed:,} bytes are needed" if needed is not None else f"more than the {_size(path):,} bytes written so far are needed"
-    )
-    return StoreError(f"{path}: {why}; {size} there, {free} are free: make room, or name another store (--store)")
-
-
-@contextmanager
-def _disk(path: Path, needed: int | None = None) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise disk_error(error, path, needed) from error
-
-
-def _size(folder: Path) -> int:
-    """Bytes below; 0 where nothing is."""
-    total = 0
-    with suppress(OSError):
-        for path in _walk(folder):
-            with suppress(OSError):
-                total += path.lstat().st_size
-    return total
-
-
-# ---- the store
 
 
 @dataclass(frozen=True)
@@ -402,10 +143,10 @@ class Store:
                 raise ValueError(f"it belongs to {manifest.step}/{manifest.key}")
             for name in manifest.files:
                 path = folder / MANIFEST
-                if (refusal := _refusal(name)) or name == MANIFEST:
-                    raise ValueError(f"it lists {name!r}, which {refusal or 'is the manifest'}")
+                if (why_not := refusal(name)) or name == MANIFEST:
+                    raise ValueError(f"it lists {name!r}, which {why_not or 'is the manifest'}")
             path = folder
-            for path in _walk(folder):
+            for path in walk(folder):
                 name = path.relative_to(folder).as_posix()
                 if name not in manifest.files and name != MANIFEST:
                     raise ValueError("not in the manifest")
@@ -437,11 +178,11 @@ class Store:
     def load(self, identity: Identity, input_digests: Mapping[str, str] | None = None) -> Manifest | None:
         """The artifact, every byte of it checked; None when it has to be made (again)."""
         folder = self.folder(identity.step, identity.key)
-        inode = _inode(folder)
+        before = inode(folder)
         try:
             manifest = self._read(identity.step, identity.key, digests=True)
         except Damaged as damage:
-            moved = self._set_aside("damaged", identity.step, identity.key, inode)
+            moved = self._set_aside("damaged", identity.step, identity.key, before)
             logger.warning("damaged: %s; %s runs again (moved to %s)", damage, identity.step, moved or "nowhere")
             return None
         if manifest is None:
@@ -453,11 +194,11 @@ class Store:
 
     def open(self, artifact: Artifact) -> Path:
         """The folder of an artifact, every byte of it checked."""
-        inode = _inode(self.folder(artifact.step, artifact.key))
+        before = inode(self.folder(artifact.step, artifact.key))
         try:
             manifest = self._read(artifact.step, artifact.key, digests=True)
         except Damaged as damage:
-            self._set_aside("damaged", artifact.step, artifact.key, inode)
+            self._set_aside("damaged", artifact.step, artifact.key, before)
             raise StoreError(f"damaged: {damage}; run again, and {artifact.step} is made anew") from damage
         if manifest is None:
             raise StoreError(f"{artifact.uri} is not in {self.uri}; run again, and {artifact.step} is made anew")
@@ -507,11 +248,11 @@ class Store:
     def attempt(self, key: str) -> Iterator[Path]:
         """An empty folder to build the artifact `key` in; what is not published is removed."""
         folder = self.root / "tmp" / f"{key}.{os.getpid()}.{uuid.uuid4().hex}"
-        with _disk(folder):
-            _make_folder(folder.parent)
+        with guarded(folder):
+            make_folder(folder.parent)
             self.collect()
             os.mkdir(folder)
-            owner = {"machine": _machine(), "pid": os.getpid(), "started": _process_start(os.getpid())}
+            owner = {"machine": machine(), "pid": os.getpid(), "started": process_start(os.getpid())}
             (folder / "owner.json").write_text(json.dumps(owner))
             os.mkdir(folder / "files")
         try:
@@ -533,17 +274,17 @@ class Store:
         """Put an attempt's folder in its place, whole. The first writer wins: where a good artifact stands already it is kept
         and returned, ours is dropped; unless `replace`, and theirs has another digest or was made from other inputs."""
         final = self.folder(identity.step, identity.key)
-        with _disk(out, needed=_size(out)):
+        with guarded(out, needed=size_of(out)):
             files = {}
-            for path in _walk(out):
+            for path in walk(out):
                 name = path.relative_to(out).as_posix()
                 if not stat.S_ISREG(path.lstat().st_mode):
                     raise StoreError(f"{identity.step} wrote {name}, which is not a plain file")
-                if name == MANIFEST or (refusal := _refusal(name)):
-                    raise StoreError(f"{identity.step} wrote {name}, which {'is the store’s' if name == MANIFEST else refusal}")
+                if name == MANIFEST or (why_not := refusal(name)):
+                    raise StoreError(f"{identity.step} wrote {name}, which {'is the store’s' if name == MANIFEST else why_not}")
                 with path.open("rb") as file:
                     files[name] = FileEntry(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
-                _fsync(path)
+                fsync(path)
             manifest = Manifest(
                 identity=identity,
                 input_digests=dict(input_digests or {}),
@@ -553,15 +294,15 @@ class Store:
                 peak_memory_bytes=int(peak_memory_bytes),
                 code=code_fingerprint(identity.step),
                 libraries=library_versions(),
-                created=_now(),
+                created=now(),
                 host=socket.gethostname(),
                 pid=os.getpid(),
             )
-            _write(out / MANIFEST, manifest.text())
-            for folder in _folders(out):
-                _fsync(folder)
-            _make_folder(final.parent)
-        with _disk(final, needed=manifest.bytes):
+            write_durably(out / MANIFEST, manifest.text())
+            for folder in folders(out):
+                fsync(folder)
+            make_folder(final.parent)
+        with guarded(final, needed=manifest.bytes):
             for _ in range(10):
                 try:
                     os.rename(out, final)
@@ -569,7 +310,7 @@ class Store:
                     if error.errno not in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}:
                         raise
                 else:
-                    _fsync(final.parent)
+                    fsync(final.parent)
                     return manifest
                 if theirs := self._make_way(manifest, replace):
                     return theirs
@@ -578,35 +319,35 @@ class Store:
     def _make_way(self, ours: Manifest, replace: bool) -> Manifest | None:
         """The artifact that stands where ours should go; or None, after moving away what must not stay there."""
         step, key = ours.step, ours.key
-        inode = _inode(self.folder(step, key))
+        before = inode(self.folder(step, key))
         try:
             theirs = self._read(step, key, digests=True)
         except Damaged as damage:
             logger.warning("damaged: %s; replaced", damage)
-            if not self._set_aside("damaged", step, key, inode) and os.path.lexists(self.folder(step, key)):
+            if not self._set_aside("damaged", step, key, before) and os.path.lexists(self.folder(step, key)):
                 raise StoreError(f"{self.folder(step, key)} is damaged and cannot be moved away: remove it") from damage
             return None
         if theirs is None:
             return None
         if not _same_inputs(theirs, ours.input_digests) or (replace and theirs.digest != ours.digest):
-            self._set_aside("replaced", step, key, inode)
+            self._set_aside("replaced", step, key, before)
             return None
         if theirs.digest != ours.digest:
             logger.warning("%s %s was published meanwhile with another content; that one is used", step, key[:12])
         return theirs
 
-    def _set_aside(self, word: str, step: str, key: str, inode: tuple[int, int] | None) -> Path | None:
+    def _set_aside(self, word: str, step: str, key: str, before: tuple[int, int] | None) -> Path | None:
         """Move a folder into tmp/, under a name that says why; None where that is impossible, or another's doing."""
         folder, aside = self.folder(step, key), self.root / "tmp" / f"{word}.{step}.{key}.{uuid.uuid4().hex}"
         try:
-            _make_folder(aside.parent)
+            make_folder(aside.parent)
             os.rename(folder, aside)
-            if inode is not None and _inode(aside) != inode:  # meanwhile another process put a good one there: give it back
+            if before is not None and inode(aside) != before:  # meanwhile another process put a good one there: give it back
                 with suppress(OSError):
                     os.rename(aside, folder)
                 return None
             os.utime(aside)
-            _fsync(folder.parent)
+            fsync(folder.parent)
         except OSError:
             return None
         return aside
@@ -620,8 +361,8 @@ class Store:
                 owner: dict[str, Any] = {}
                 with suppress(OSError, ValueError):
                     owner = json.loads((folder / "owner.json").read_text())
-                if owner.get("machine") == _machine():
-                    dead = not _alive(owner["pid"], owner["started"])
+                if owner.get("machine") == machine():
+                    dead = not alive(owner["pid"], owner["started"])
                 else:
                     newest = max((p.lstat().st_mtime for p in [folder, *folder.rglob("*")]), default=0.0)
                     dead = time.time() - newest > ATTEMPT_DAYS * 86_400
@@ -657,22 +398,22 @@ class Store:
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name):
             raise ValueError(f"pointer name {name!r}: lower-case letters, digits, . _ - only")
         folder = self.root / "pointers" / name
-        with _disk(folder, needed=len(canonical(to)) + 200):
-            _make_folder(folder)
-            _make_folder(self.root / "tmp")
+        with guarded(folder, needed=len(canonical(to)) + 200):
+            make_folder(folder)
+            make_folder(self.root / "tmp")
             if self.pointer_number(name) != expected_number:
                 return False
-            pointer = Pointer(number=expected_number + 1, to=json.loads(canonical(to)), moved=_now())
+            pointer = Pointer(number=expected_number + 1, to=json.loads(canonical(to)), moved=now())
             text = json.dumps({**pointer.model_dump(), "seal": pointer.digest}, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
             temporary = self.root / "tmp" / f"pointer.{os.getpid()}.{uuid.uuid4().hex}"
             try:
-                _write(temporary, text)
+                write_durably(temporary, text)
                 os.link(temporary, folder / f"{pointer.number:08d}.json")  # fails where it exists: no lock is needed
             except FileExistsError:
                 return False
             finally:
                 temporary.unlink(missing_ok=True)
-            _fsync(folder)
+            fsync(folder)
         return True
 
     def _pointer_files(self, name: str) -> Sequence[Path]:
@@ -686,13 +427,6 @@ def _names(folder: Path) -> list[str]:
 def _same_inputs(manifest: Manifest, digests: Mapping[str, str]) -> bool:
     """Was it made from inputs of these digests? Inputs that are not known yet do not count."""
     return all(manifest.input_digests.get(name) == digest for name, digest in digests.items())
-
-
-def _inode(path: Path) -> tuple[int, int] | None:
-    with suppress(OSError):
-        about = path.lstat()
-        return about.st_dev, about.st_ino
-    return None
 
 
 def _one_line(error: Exception) -> str:

@@ -48,7 +48,7 @@ class Progress:
         self._tell(Update(self.step, note=text))
 
     def _tell(self, update: Update) -> None:
-        for listener in list(_listeners):
+        for listener in tuple(_listeners):
             try:
                 listener(update)
             except Exception:  # a broken display must not cost a training run

@@ -29,7 +29,8 @@ def encode_query(tokenizer: "PreTrainedTokenizerBase", question: str, max_tokens
     head = tokenizer(PREFIX + question.strip(), add_special_tokens=False)["input_ids"]
     room = max_tokens - len(bos) - len(suffix)
     if room < 1:
-        raise ValueError(f"max_query_tokens={max_tokens} leaves no room for a question; the template alone takes {len(bos) + len(suffix)}")
+        least = len(bos) + len(suffix)
+        raise ValueError(f"max_query_tokens={max_tokens} leaves no room for a question; the template alone takes {least}")
     return [*bos, *head[:room], *suffix]
 
 
@@ -41,4 +42,6 @@ def encode_response(tokenizer: "PreTrainedTokenizerBase", answer: str, max_token
 
 def decode_response(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
     """The answer as text: without special tokens and the space at its start."""
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text.strip()

@@ -187,7 +187,7 @@ def plan_step(store: Store, identity: Identity, input_digests: Mapping[str, str]
 def differences(old: Identity, new: Identity) -> list[str]:
     """The fields in which two identities differ, a line each."""
     before, after = _flat(old.config), _flat(new.config)
-    changes = [("version", old.version, new.version)]
+    changes: list[tuple[str, Any, Any]] = [("version", old.version, new.version)]
     changes += [(f"{new.step}.{name}", before.get(name, "-"), after.get(name, "-")) for name in {**after, **before}]
     for kind, was, now in (("input", old.inputs, new.inputs), ("content of", old.external, new.external)):
         changes += [(f"{kind} {name}", was.get(name, "-")[:12], now.get(name, "-")[:12]) for name in sorted({*was, *now})]

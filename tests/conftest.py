@@ -30,7 +30,14 @@ def toy_questions(n: int, seed: int = 0) -> list[dict]:
         pairs = [{"j": j, "k": k} for j, k in indices if answers[j]["pm_score"] > answers[k]["pm_score"]]
         title = f"How do I fit the {part} with the {tool}?"
         rows.append(
-            {"site": "toy.test", "qid": qid, "title": title, "question": f"{title}\n\nThe {part} is old.", "answers": answers, "pairs": pairs}
+            {
+                "site": "toy.test",
+                "qid": qid,
+                "title": title,
+                "question": f"{title}\n\nThe {part} is old.",
+                "answers": answers,
+                "pairs": pairs,
+            }
         )
     return rows
 
@@ -45,7 +52,9 @@ def toy_site(tmp_path_factory) -> Path:
     for number, split in enumerate(("sft", "reward", "rl", "eval")):
         folder = root / "questions" / "site=toy.test" / f"split={split}"
         folder.mkdir(parents=True)
-        pq.write_table(pa.Table.from_pylist([{**q, "split": split} for q in toy_questions(24, seed=number)]), folder / "part-00000.parquet")
+        pq.write_table(
+            pa.Table.from_pylist([{**q, "split": split} for q in toy_questions(24, seed=number)]), folder / "part-00000.parquet"
+        )
     (root / "card.json").write_text('{"simulated": false}')
     return root
 
@@ -62,7 +71,10 @@ def tiny_model(tmp_path_factory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=384, special_tokens=["<|eos|>", "<|pad|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=384,
+        special_tokens=["<|eos|>", "<|pad|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator((f"{q['question']} {a['text']}" for q in toy_questions(50) for a in q["answers"]), trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|eos|>", pad_token="<|pad|>")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks import artifacts
+from tasks import manifest
 from tasks.artifacts import Identity, Manifest, Store, StoreError, canonical, clean_metrics, file_digest
 
 IDENTITY = Identity(
@@ -287,7 +287,7 @@ def test_many_processes_that_publish_the_same_key_all_get_the_same_digest(tmp_pa
 def damage(folder: Path):
     """Ways to damage an artifact: (file that the warning must name, how)."""
     weights = folder / "model" / "weights.safetensors"
-    manifest = folder / "manifest.json"
+    listed = folder / "manifest.json"
 
     def flip(path, at):
         data = bytearray(path.read_bytes())
@@ -296,17 +296,19 @@ def damage(folder: Path):
 
     for at in (0, 250, 499):
         yield weights.name, lambda at=at: flip(weights, at)
-    for at in range(0, manifest.stat().st_size, 61):
-        yield "", lambda at=at: flip(manifest, at)
+    for at in range(0, listed.stat().st_size, 61):
+        yield "", lambda at=at: flip(listed, at)
     yield weights.name, lambda: weights.write_bytes(weights.read_bytes()[:-1])
     yield weights.name, weights.unlink
     yield "extra.json", lambda: (folder / "extra.json").write_text("{}")
-    yield "manifest.json", manifest.unlink
-    yield "manifest.json", lambda: manifest.write_text("")
-    yield "manifest.json", lambda: manifest.write_text("[]")
-    yield "manifest.json", lambda: manifest.write_text(manifest.read_text().rstrip("\n"))
-    yield "curves.json", lambda: ((folder / "curves.json").unlink(), (folder / "curves.json").symlink_to(manifest))
+    yield "manifest.json", listed.unlink
+    yield "manifest.json", lambda: listed.write_text("")
+    yield "manifest.json", lambda: listed.write_text("[]")
+    yield "manifest.json", lambda: listed.write_text(listed.read_text().rstrip("\n"))
+    yield "curves.json", lambda: ((folder / "curves.json").unlink(), (folder / "curves.json").symlink_to(listed))
     yield "curves.json", lambda: ((folder / "curves.json").unlink(), (folder / "curves.json").mkdir())
+    twin = folder.parents[1] / "twin.json"
+    yield "curves.json", lambda: (os.rename(folder / "curves.json", twin), (folder / "curves.json").symlink_to(twin))
 
 
 def test_all_damage_is_noticed_named_moved_aside_and_made_anew(tmp_path, caplog):
@@ -388,6 +390,15 @@ def test_an_artifact_is_a_hit_only_for_the_inputs_that_it_was_made_from(store):
     assert store.load(IDENTITY, {"base": "new"}) == again
 
 
+def test_a_look_without_hashing_notices_a_file_that_was_cut(store):
+    publish(store)
+    assert store.find(IDENTITY) is not None
+    path = store.folder("sft", IDENTITY.key) / "curves.json"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert store.find(IDENTITY) is None
+    assert path.exists()  # it only looked
+
+
 # ---- garbage
 
 
@@ -404,6 +415,14 @@ def test_a_living_attempt_is_left_alone_a_dead_one_is_collected(store):
     assert len(list((store.root / "tmp").iterdir())) == 1
     store.collect()
     assert list((store.root / "tmp").iterdir()) == []
+
+
+def test_an_attempt_of_a_dead_process_whose_number_was_given_to_another_is_collected(store):
+    with store.attempt(IDENTITY.key) as out:
+        owner = out.parent / "owner.json"
+        owner.write_text(json.dumps(json.loads(owner.read_text()) | {"started": "1"}))
+        store.collect()
+        assert not out.exists()
 
 
 def test_attempts_of_other_machines_are_collected_only_when_old_and_damage_never(store):
@@ -427,6 +446,7 @@ def test_a_pointer_moves_only_from_where_it_is_expected(store):
     assert store.pointer("champion") is None
     assert store.move_pointer("champion", {"key": "a"}, 0)
     assert not store.move_pointer("champion", {"key": "b"}, 0)
+    assert not store.move_pointer("champion", {"key": "b"}, 5)
     assert store.move_pointer("champion", {"key": "b"}, 1)
     assert [(p.number, p.to["key"]) for p in store.pointer_history("champion")] == [(2, "b"), (1, "a")]
 
@@ -493,11 +513,11 @@ def test_other_code_has_another_fingerprint(monkeypatch, tmp_path):
     (tmp_path / "ppo").mkdir()
     (tmp_path / "sft" / "train.py").write_text("a = 1")
     (tmp_path / "shared.py").write_text("b = 1")
-    monkeypatch.setattr(artifacts, "__file__", str(tmp_path / "artifacts.py"))
-    first = artifacts.code_fingerprint("sft"), artifacts.code_fingerprint("ppo")
+    monkeypatch.setattr(manifest, "__file__", str(tmp_path / "manifest.py"))
+    first = manifest.code_fingerprint("sft"), manifest.code_fingerprint("ppo")
     (tmp_path / "sft" / "train.py").write_text("a = 2")
-    second = artifacts.code_fingerprint("sft"), artifacts.code_fingerprint("ppo")
+    second = manifest.code_fingerprint("sft"), manifest.code_fingerprint("ppo")
     assert second[0] != first[0]
     assert second[1] == first[1]
     (tmp_path / "shared.py").write_text("b = 2")
-    assert artifacts.code_fingerprint("ppo") != second[1]
+    assert manifest.code_fingerprint("ppo") != second[1]

@@ -1,6 +1,6 @@
 """A small language model from nothing: byte-level BPE and a tied-embedding Llama, both trained on the sft split."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,12 +23,13 @@ FLOOR = 0.1  # of the peak learning rate
 BETAS = (0.9, 0.95)
 
 
-def iter_texts(data: Path) -> Iterator[tuple[str, str, str]]:
-    """(question's key, question, answer) of every answer of the sft split."""
+def iter_threads(data: Path) -> Iterator[tuple[str, str, list[str]]]:
+    """(key, question, its answers) of the sft split; the answers in the order of the site's page, the most voted first."""
     for question in iter_questions(data, "sft", columns=["site", "qid", "question", "answers"]):
-        for answer in question["answers"]:
-            if answer["text"].strip():
-                yield f"{question['site']}/{question['qid']}", question["question"], answer["text"]
+        answers = [answer for answer in question["answers"] if answer["text"].strip()]
+        if answers:
+            answers.sort(key=lambda a: (-a["pm_score"], -a["votes"], a["answer_id"]))
+            yield f"{question['site']}/{question['qid']}", question["question"], [answer["text"] for answer in answers]
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -80,15 +81,14 @@ def initialise(config: ScratchConfig, tokenizer: PreTrainedTokenizerBase, seed: 
 def train_scratch(
     config: ScratchConfig, seed: int, *, data: Path, device: torch.device, compute: Compute, progress: Progress
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, Fitted]:
-    """Tokenizer, then language modelling on every answer of every question; the questions held back are those of `sft`."""
-    texts = list(iter_texts(data))
-    validation_keys = held_out([key for key, _, _ in texts])
-    used = [(question, answer) for key, question, answer in texts if key not in validation_keys]
-    tokenizer = train_tokenizer(
-        (f"{prompts.query_text(question)} {answer.strip()}" for question, answer in used), config.vocab_size
-    )
-    train = [encode(tokenizer, question, answer, config.context) for question, answer in used]
-    validation = [encode(tokenizer, question, answer, config.context) for key, question, answer in texts if key in validation_keys]
+    """Tokenizer, then language modelling on whole threads; the questions held back are those of `sft`."""
+    threads = list(iter_threads(data))
+    validation_keys = held_out([key for key, _, _ in threads])
+    used = [(question, answers) for key, question, answers in threads if key not in validation_keys]
+    texts = (f"{prompts.query_text(question)} {answer.strip()}" for question, answers in used for answer in answers)
+    tokenizer = train_tokenizer(texts, config.vocab_size)
+    train = [encode(tokenizer, question, answers, config.context) for question, answers in used]
+    validation = [encode(tokenizer, question, answers, config.context) for key, question, answers in threads if key in validation_keys]
     model: Any = initialise(config, tokenizer, seed)
     model = model.to(device)
     warmup = round(WARMUP * config.steps)
@@ -109,8 +109,15 @@ def train_scratch(
     return model, tokenizer, fitted
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, question: str, answer: str, context: int) -> Document:
-    """The whole text carries loss. A question may take half of the context; an answer too long loses its end."""
-    query = prompts.encode_query(tokenizer, question, context // 2)
-    response = prompts.encode_response(tokenizer, answer, context - len(query))
-    return Document(np.array(query + response, np.int32), first_label=1)
+def encode(tokenizer: PreTrainedTokenizerBase, question: str, answers: Sequence[str], context: int) -> Document:
+    """A thread as one document: the question and its answers, best first, each ended by EOS; all of it carries loss.
+
+    What comes after an answer depends on how good that answer was (below a wrong one, no better one follows). So the model
+    learns to know, at an answer's end, what the answer is worth, and the reward model has something to begin with. A
+    question may take half of the context; what the context cannot hold of the answers is cut.
+    """
+    ids = prompts.encode_query(tokenizer, question, context // 2)
+    again = tokenizer(prompts.SUFFIX, add_special_tokens=False)["input_ids"]
+    for place, answer in enumerate(answers):
+        ids = [*ids, *(again if place else []), *prompts.encode_response(tokenizer, answer)]
+    return Document(np.array(ids[:context], np.int32), first_label=1)

@@ -2,6 +2,8 @@
 
 import datetime
 import random
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 from xml.sax.saxutils import quoteattr
@@ -15,6 +17,8 @@ START = datetime.datetime(2021, 1, 4, 8, 0)
 SYLLABLES = ("ka", "lo", "mi", "ne", "ru", "sa", "ti", "vo", "be", "du")
 ANSWERS = (2, 3, 3, 4, 4, 5)
 USERS = 400
+
+Row = dict[str, str]
 
 
 def write_site(config: SimulatedSiteConfig, path: Path) -> None:
@@ -32,22 +36,23 @@ def user_name(user: int) -> str:
     return "".join(rng.choices(SYLLABLES, k=rng.choice((2, 3)))).capitalize()
 
 
-def _write_table(file: TextIO, table: str, rows) -> None:
+def _write_table(file: TextIO, table: str, rows: Iterable[Row | str]) -> None:
     file.write(f'<?xml version="1.0" encoding="utf-8"?>\r\n<{table}>\r\n')
     for row in rows:
         file.write(row if isinstance(row, str) else _row(row))
     file.write(f"</{table}>")
 
 
-def _row(attributes: dict[str, str]) -> str:
+def _row(attributes: Row) -> str:
     cells = " ".join(f"{name}={quoteattr(value, {chr(10): '&#xA;', chr(34): '&quot;'})}" for name, value in attributes.items())
     return f"  <row {cells} />\r\n"
 
 
-def _posts(config: SimulatedSiteConfig):
+def _posts(config: SimulatedSiteConfig) -> Iterator[Row | str]:
     rng = random.Random(config.seed)
+    odd = random.Random(f"oddities {config.seed}")  # draws of its own, so that the content is the same without oddities
     post_id, moment = 0, START
-    held_back: list[dict[str, str] | str] = []  # with oddities: rows that come out of order, after their question's neighbours
+    held_back: list[Row] = []  # rows that come at the end of the file
     for number in range(config.questions):
         moment += datetime.timedelta(minutes=rng.randint(20, 600))
         part, sign, attribute, title, body = writing.question(rng)
@@ -55,66 +60,67 @@ def _posts(config: SimulatedSiteConfig):
         votes, accepted = cast_votes([true_reward(title, _visible(answer)) for answer in answers], rng)
         post_id += 1
         question_id = post_id
-        rows: list[dict[str, str] | str] = []
+        rows: list[Row] = []
         answered = moment
         for place, (answer, score) in enumerate(zip(answers, votes, strict=True)):
             post_id += 1
             answered += datetime.timedelta(minutes=rng.randint(5, 300))
-            row = {"Id": str(post_id), "PostTypeId": "2", "ParentId": str(question_id), **_common(answered, score, answer, rng)}
-            rows.append(row)
+            owned = _common(answered, score, answer, str(rng.randint(1, USERS)))
+            rows.append({"Id": str(post_id), "PostTypeId": "2", "ParentId": str(question_id), **owned})
             if place == accepted:
                 accepted_id = post_id
         question = {"Id": str(question_id), "PostTypeId": "1"}
         if accepted is not None:
             question["AcceptedAnswerId"] = str(accepted_id)
-        question |= _common(moment, rng.randint(-1, 12), body, rng)
-        question |= {"ViewCount": str(rng.randint(20, 5000)), "Title": title, "Tags": f"<{attribute.name}>", "AnswerCount": str(len(answers))}
+        question |= _common(moment, rng.randint(-1, 12), body, str(rng.randint(1, USERS)))
+        question |= {
+            "ViewCount": str(rng.randint(20, 5000)),
+            "Title": title,
+            "Tags": f"<{attribute.name}>",
+            "AnswerCount": str(len(answers)),
+        }
+        post_id += 1  # spare: an odd row's id, so that ids are the same with and without oddities
         if config.oddities:
-            post_id += 1
-            yield from _with_oddities(question, rows, post_id, number, rng, held_back)
+            yield from _with_oddities(question, rows, str(post_id), number % 8, odd, held_back)
         else:
             yield question
             yield from rows
     yield from held_back
 
 
-def _common(moment: datetime.datetime, score: int, body: str, rng: random.Random) -> dict[str, str]:
+def _common(moment: datetime.datetime, score: int, body: str, owner: str) -> Row:
     stamp = moment.isoformat(timespec="milliseconds")
     return {
-        "CreationDate": stamp, "Score": str(score), "Body": body, "OwnerUserId": str(rng.randint(1, USERS)),
+        "CreationDate": stamp, "Score": str(score), "Body": body, "OwnerUserId": owner,
         "LastActivityDate": stamp, "ContentLicense": "CC BY-SA 4.0",
     }  # fmt: skip
 
 
 def _visible(body: str) -> str:
     """The body's text as a reader sees it; our own HTML has no entities beyond &amp; &lt; &gt;."""
-    import re
-
     return re.sub(r"<[^>]+>", " ", body)
 
 
-def _with_oddities(question, rows, spare_id: int, number: int, rng: random.Random, held_back):
+def _with_oddities(
+    question: Row, rows: list[Row], spare_id: str, kind: int, rng: random.Random, held_back: list[Row]
+) -> Iterator[Row | str]:
     """The same content written as real dumps have it at times; the pairs that come of it stay the same."""
-    kind = number % 8
     if kind == 1:  # an answer stands before its question
-        yield rows[0]
-        yield question
-        yield from rows[1:]
-        return
-    if kind == 2:  # tag wikis stand between posts
-        yield {"Id": str(spare_id), "PostTypeId": rng.choice(("4", "5")), **_common(START, 0, "<p>About this tag.</p>\n", rng)}
-    if kind == 3:  # the author was deleted: no id, the name stands in the row
+        yield rows.pop(0)
+    elif kind == 2:  # a tag wiki stands between posts
+        yield {"Id": spare_id, "PostTypeId": rng.choice(("4", "5")), **_common(START, 0, "<p>About this tag.</p>\n", "1")}
+    elif kind == 3:  # the author was deleted: no id, the name stands in the row
         del rows[0]["OwnerUserId"]
-        rows[0]["OwnerDisplayName"] = "user" + str(rng.randint(1000, 9999))
-    if kind == 4:  # an answer whose question is not in the file
-        yield {"Id": str(spare_id), "PostTypeId": "2", "ParentId": "900000000", **_common(START, 3, "<p>Lost.</p>\n", rng)}
-    if kind == 5:  # an invalid character reference
-        yield _row({"Id": str(spare_id), "PostTypeId": "6", **_common(START, 0, "<p>bell ", rng)}).replace("bell ", "bell &#xE;")
-    if kind == 6:  # an accepted answer that is nobody's, Community as an owner, no answer count
+        rows[0]["OwnerDisplayName"] = f"user{rng.randint(1000, 9999)}"
+    elif kind == 4:  # an answer whose question is not in the file
+        yield {"Id": spare_id, "PostTypeId": "2", "ParentId": "900000000", **_common(START, 3, "<p>Lost.</p>\n", "1")}
+    elif kind == 5:  # an invalid character reference
+        yield _row({"Id": spare_id, "PostTypeId": "6", **_common(START, 0, "<p>bell</p>\n", "1")}).replace("bell", "bell&#xE;")
+    elif kind == 6:  # an accepted answer that is not there, Community as an owner, no answer count
         question.setdefault("AcceptedAnswerId", "900000001")
         question["OwnerUserId"] = "-1"
         del question["AnswerCount"]
-    if kind == 7:  # the last answer comes at the end of the file
+    elif kind == 7:  # the last answer comes at the end of the file
         held_back.append(rows.pop())
     yield question
     yield from rows

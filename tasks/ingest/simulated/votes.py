@@ -1,6 +1,7 @@
 """How the simulated site votes: from the true reward, the time an answer has been seen, and luck.
 
-    up ~ Poisson(visitors * exposure * exp(SLOPE * (true_reward - 1)))        down ~ Poisson(visitors * exposure * DISLIKE * (1 - true_reward))
+    up   ~ Poisson(visitors * exposure * exp(SLOPE * (true_reward - 1)))
+    down ~ Poisson(visitors * exposure * DISLIKE * (1 - true_reward))
 
 Visitors differ between questions, exposure falls with an answer's place in time; both are the same for every text, so
 votes depend on the text through true_reward alone. The asker accepts one answer at times, rather a good one.

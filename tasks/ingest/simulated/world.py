@@ -52,8 +52,17 @@ ATTRIBUTES = (
             "star-shaped": "a torx driver",
             "pressed": "a gear puller",
         },
-        ("Which tool loosens a {sign} {part}?", "What tool do I need for a {sign} {part}?", "My {sign} {part} is stuck, which tool gets it off?"),
-        ("For a {sign} {part} use {value}.", "A {sign} {part} comes off with {value}.", "If {sign}, you need {value}.", "On a {sign} one I use {value}."),
+        (
+            "Which tool loosens a {sign} {part}?",
+            "What tool do I need for a {sign} {part}?",
+            "My {sign} {part} is stuck, which tool gets it off?",
+        ),
+        (
+            "For a {sign} {part} use {value}.",
+            "A {sign} {part} comes off with {value}.",
+            "If {sign}, you need {value}.",
+            "On a {sign} one I use {value}.",
+        ),
         (
             "Hold the frame still and turn against the clock.",
             "Turn against the clock until it gives, then by hand.",
@@ -71,8 +80,17 @@ ATTRIBUTES = (
             "seized": "copper paste",
             "dried-out": "linseed oil",
         },
-        ("What should I put on a {sign} {part}?", "Which product goes on a {sign} {part}?", "The {part} is {sign}, what do I put on it?"),
-        ("For a {sign} {part} use {value}.", "A {sign} {part} likes {value}.", "If {sign}, only {value} works.", "On a {sign} one I put {value}."),
+        (
+            "What should I put on a {sign} {part}?",
+            "Which product goes on a {sign} {part}?",
+            "The {part} is {sign}, what do I put on it?",
+        ),
+        (
+            "For a {sign} {part} use {value}.",
+            "A {sign} {part} likes {value}.",
+            "If {sign}, only {value} works.",
+            "On a {sign} one I put {value}.",
+        ),
         (
             "Clean it first, then rub in a thin coat.",
             "Rub in a thin coat and wipe off the rest.",
@@ -90,8 +108,17 @@ ATTRIBUTES = (
             "rented": "after each use",
             "spare": "every two years",
         },
-        ("How often do I service a {sign} {part}?", "How often does a {sign} {part} need a check?", "When is a {sign} {part} due for service?"),
-        ("Service a {sign} {part} {value}.", "A {sign} {part} needs it {value}.", "If {sign}, check it {value}.", "I do my {sign} one {value}."),
+        (
+            "How often do I service a {sign} {part}?",
+            "How often does a {sign} {part} need a check?",
+            "When is a {sign} {part} due for service?",
+        ),
+        (
+            "Service a {sign} {part} {value}.",
+            "A {sign} {part} needs it {value}.",
+            "If {sign}, check it {value}.",
+            "I do my {sign} one {value}.",
+        ),
         (
             "Stick on a label and mark the date.",
             "Measure the play and mark the date.",
@@ -109,8 +136,17 @@ ATTRIBUTES = (
             "heavy-duty": "cast iron",
             "non-slip": "hard rubber",
         },
-        ("What is a {sign} {part} made of?", "Which material do I order for a {sign} {part}?", "I want a {sign} {part}, which material lasts?"),
-        ("For a {sign} {part} order {value}.", "A {sign} {part} has to be {value}.", "If {sign}, go for {value}.", "My {sign} one is {value}."),
+        (
+            "What is a {sign} {part} made of?",
+            "Which material do I order for a {sign} {part}?",
+            "I want a {sign} {part}, which material lasts?",
+        ),
+        (
+            "For a {sign} {part} order {value}.",
+            "A {sign} {part} has to be {value}.",
+            "If {sign}, go for {value}.",
+            "My {sign} one is {value}.",
+        ),
         (
             "Weigh the old one and ask for the same weight.",
             "Tap it, listen, and order the same weight.",
@@ -151,4 +187,3 @@ CONTEXTS = (
     "Any help is welcome.",
 )
 """Sentences of a question's body."""
-
