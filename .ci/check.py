@@ -32,4 +32,5 @@ if not Path(first["report"]).is_file() or "<html" not in Path(first["report"]).r
 
 if wrong:
     sys.exit("the pipeline on the real dump is not right:\n" + "\n".join(f"  {line}" for line in wrong))
-print(f"{', '.join(f'{name} {wanted}' for name, wanted in COUNTS.items())}; verdict {first['verdict']['word']}; the second run all stored")
+counts = ", ".join(f"{name} {wanted}" for name, wanted in COUNTS.items())
+print(f"{counts}; verdict {first['verdict']['word']}; the second run all stored")

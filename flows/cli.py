@@ -162,10 +162,6 @@ def _prepare(arguments: argparse.Namespace) -> tuple[RLHFConfig, Store, dict[Ste
 
     check_steps([*arguments.refresh, *([arguments.until] if arguments.until else [])])
     plans = make_plan(config, store, arguments.refresh, arguments.until)
-    if "base" in plans and not plans["base"].stored:
-        from tasks.base.task import check
-
-        check(config.base)
     return config, store, plans
 
 

@@ -5,6 +5,7 @@ import importlib.util
 import re
 from pathlib import Path
 
+from tasks.artifacts import file_digest
 from tasks.base.config import BaseModelConfig
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -32,11 +33,6 @@ def folder_digest(folder: Path) -> str:
         if path.is_file() and path.suffix in {".safetensors", ".json", ".model", ".txt", ".jinja"}:
             digest.update(f"{path.name}\0{file_digest(path)}\n".encode())
     return digest.hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def model_folder(path: str) -> Path:

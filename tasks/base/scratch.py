@@ -88,7 +88,9 @@ def train_scratch(
     texts = (f"{prompts.query_text(question)} {answer.strip()}" for question, answers in used for answer in answers)
     tokenizer = train_tokenizer(texts, config.vocab_size)
     train = [encode(tokenizer, question, answers, config.context) for question, answers in used]
-    validation = [encode(tokenizer, question, answers, config.context) for key, question, answers in threads if key in validation_keys]
+    validation = [
+        encode(tokenizer, question, answers, config.context) for key, question, answers in threads if key in validation_keys
+    ]
     model: Any = initialise(config, tokenizer, seed)
     model = model.to(device)
     warmup = round(WARMUP * config.steps)

@@ -217,11 +217,11 @@ def test_the_digest_is_of_names_and_content_and_not_of_the_place(tmp_path):
         path.write_bytes(XML)
     first = digest(IngestConfig(dump=(str(one),)))
     assert first == digest(IngestConfig(dump=(str(two),)))
-    assert first["site"] == "a.test"
+    assert list(first) == ["a.test: a.test.xml"]
     two.write_bytes(XML + b"\n")
-    assert first["dump"] != digest(IngestConfig(dump=(str(two),)))["dump"]
+    assert first != digest(IngestConfig(dump=(str(two),)))
     one.rename(tmp_path / "one" / "b.test.xml")
-    assert first["dump"] != digest(IngestConfig(dump=(str(tmp_path / "one" / "b.test.xml"),)))["dump"]
+    assert first != digest(IngestConfig(dump=(str(tmp_path / "one" / "b.test.xml"),)))
 
 
 def test_planning_already_says_that_there_is_nothing_to_read(tmp_path):

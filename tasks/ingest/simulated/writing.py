@@ -5,7 +5,8 @@ import random
 
 from tasks.ingest.simulated.world import ATTRIBUTES, CONTEXTS, FILLERS, HEDGES, PARTS, Attribute
 
-P_MISREAD, P_WRONG, P_TWO_VALUES, P_HOW, P_OTHER_HOW, P_HEDGE = 0.3, 0.1, 0.08, 0.4, 0.35, 0.35
+P_MISSED, P_MISREAD, P_WRONG = 0.25, 0.12, 0.05
+P_TWO_VALUES, P_HOW, P_OTHER_HOW, P_HEDGE = 0.08, 0.45, 0.3, 0.35
 
 
 def question(rng: random.Random) -> tuple[str, str, Attribute, str, str]:
@@ -17,21 +18,28 @@ def question(rng: random.Random) -> tuple[str, str, Attribute, str, str]:
 
 
 def answer(part: str, sign: str, attribute: Attribute, rng: random.Random) -> str:
-    """One answer as HTML; right, helpful and clear with the probabilities above, independently of its length."""
-    right, read, draw = attribute.facts[sign], sign, rng.random()
-    if draw < P_MISREAD:  # answers a question that was not asked, and rightly
+    """One answer as HTML; its author may miss the question, misread its sign, or not know.
+
+    Whether it is right, shows how and is clear does not depend on its length.
+    """
+    right, read, about = attribute.facts[sign], sign, attribute
+    draw = rng.random()
+    if draw < P_MISSED:  # answers another kind of question, and rightly
+        about = rng.choice([other for other in ATTRIBUTES if other is not attribute])
+        read = rng.choice(list(about.facts))
+    elif draw < P_MISSED + P_MISREAD:  # answers the question for another sign, and rightly
         read = rng.choice([other for other in attribute.facts if other != sign])
-    value = attribute.facts[read]
-    if P_MISREAD < draw < P_MISREAD + P_WRONG:
+    value = about.facts[read]
+    if P_MISSED + P_MISREAD <= draw < P_MISSED + P_MISREAD + P_WRONG:
         value = rng.choice([other for other in attribute.values if other != right])
-    sentences = [sentence_case(rng.choice(attribute.claims).format(sign=read, part=part, value=value))]
-    if rng.random() < P_TWO_VALUES:  # names a second value, so it is wrong whatever the first one was
-        sentences.append(f"Or {rng.choice([other for other in attribute.values if other != value])}.")
+    sentences = [sentence_case(rng.choice(about.claims).format(sign=read, part=part, value=value))]
+    if rng.random() < P_TWO_VALUES:  # cannot decide: wrong, whatever the first value was
+        sentences.append(f"Or {rng.choice([other for other in about.values if other != value])}.")
     draw = rng.random()
     if draw < P_HOW:
-        sentences.append(rng.choice(attribute.methods))
+        sentences.append(rng.choice(about.methods))
     elif draw < P_HOW + P_OTHER_HOW:
-        sentences.append(rng.choice(rng.choice([other for other in ATTRIBUTES if other is not attribute]).methods))
+        sentences.append(rng.choice(rng.choice([other for other in ATTRIBUTES if other is not about]).methods))
     for sentence in rng.sample(FILLERS, rng.choice((0, 0, 1, 1, 2))):
         sentences.insert(rng.randint(0, len(sentences)), sentence)
     if rng.random() < P_HEDGE:
