@@ -168,8 +168,8 @@ def _prepare(arguments: argparse.Namespace) -> tuple[RLHFConfig, Store, dict[Ste
 def plan_verb(arguments: argparse.Namespace) -> int:
     from flows.plan import estimate
 
-    logging.getLogger("tasks").setLevel(logging.ERROR)  # what is damaged or old is said in the plan itself
-    config, store, plans = _prepare(arguments)
+    with _errors_only(logging.getLogger("tasks")):  # what is damaged or old is said in the plan itself
+        config, store, plans = _prepare(arguments)
     known = estimate(plans)
     if arguments.json:
         steps = {
@@ -208,6 +208,16 @@ def plan_verb(arguments: argparse.Namespace) -> int:
     else:
         out.print("all is stored")
     return DONE
+
+
+@contextlib.contextmanager
+def _errors_only(logger: logging.Logger) -> Iterator[None]:
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def run_verb(arguments: argparse.Namespace) -> int:
