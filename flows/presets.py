@@ -48,20 +48,20 @@ class RLHFConfig(StepConfig):
 TINY = RLHFConfig(
     name="tiny",
     ingest=IngestConfig(
-        simulate=SimulatedSiteConfig(questions=8000),
+        simulate=SimulatedSiteConfig(questions=10_000),
         # A scratch model needs more votes than text, and the judge as many as the reward model.
         splits={"sft": 0.2, "reward": 0.375, "rl": 0.375, "eval": 0.05},
     ),
     base=BaseModelConfig(
         source="scratch",
         scratch=ScratchConfig(
-            vocab_size=800,
+            vocab_size=1024,
             hidden_size=96,
             layers=4,
             heads=4,
             intermediate_size=288,
             context=256,
-            steps=600,
+            steps=800,
             batch_tokens=1024,
             learning_rate=4e-3,
         ),
@@ -79,7 +79,6 @@ TINY = RLHFConfig(
         questions_per_step=8,
         max_length=256,
         max_query_tokens=128,
-        max_questions=3000,
         lora=LoRAConfig(r=16, alpha=32, dropout=0.0),
         learning_rate=1.5e-3,
         warmup_steps=20,

@@ -17,11 +17,15 @@ class Compute(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is one."""
     threads: int | None = Field(None, ge=1)
-    """Threads of torch; None: all the cores that this process may use."""
+    """Threads of torch; None: all the cores that this process may use, but one for a model too small to gain by more."""
     workers: int | None = Field(None, ge=1)
     """Processes of ingest; None: all the cores that this process may use."""
     micro_batch_tokens: int = Field(16_384, ge=1)
     """Tokens in one forward pass; larger batches accumulate gradients."""
+
+
+SMALL_MODEL = 4_000_000
+"""Parameters. Below, two threads took as long as one for twice the CPU time, and far longer beside another busy process."""
 
 
 def cores() -> int:
@@ -38,3 +42,11 @@ def prepare(compute: Compute) -> "torch.device":
     torch.set_num_threads(compute.threads or cores())
     cuda = compute.device != "cpu" and torch.cuda.is_available()
     return torch.device("cuda" if cuda else "cpu")
+
+
+def fit_threads(compute: Compute, model: "torch.nn.Module") -> None:
+    """One thread for a model too small to gain by more, unless `compute.threads` says otherwise."""
+    import torch
+
+    if compute.threads is None and sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL:
+        torch.set_num_threads(1)

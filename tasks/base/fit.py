@@ -83,7 +83,7 @@ def fit(
     fitted, seen = Fitted(), 0
     log_every, validate_every = max(1, how.steps // LOGGED), max(1, how.steps // VALIDATED)
 
-    with optim.fast_matmul():
+    with optim.fast_matmul(model):
         fitted.validation_loss = mean_loss(model, validation, micro_batch_tokens, device, how.autocast)
         fitted.curves.append({"step": 0, "validation_loss": fitted.validation_loss})
         model.train()

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from tasks import optim, prompts
 from tasks.base.config import ScratchConfig
 from tasks.base.fit import Fit, Fitted, fit, held_out
-from tasks.compute import Compute
+from tasks.compute import Compute, fit_threads
 from tasks.ingest.dataset import iter_questions
 from tasks.packing import Document
 from tasks.progress import Progress
@@ -93,6 +93,7 @@ def train_scratch(
     ]
     model: Any = initialise(config, tokenizer, seed)
     model = model.to(device)
+    fit_threads(compute, model)
     warmup = round(WARMUP * config.steps)
     how = Fit(
         steps=config.steps,

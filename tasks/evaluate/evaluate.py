@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tasks import prompts
-from tasks.compute import Compute, prepare
+from tasks.compute import Compute, fit_threads, prepare
 from tasks.evaluate import plots, report
 from tasks.evaluate.answers import Answers, best_of, choose_questions, human_answers, sample_answers, scores_of, seed_of
 from tasks.evaluate.config import EvaluateConfig
@@ -140,6 +140,7 @@ def write(
 
     # the base model is a network of its own; sft keeps base's tokenizer, so both read and write the same ids
     model: Any = load_model(base / "model", config.dtype, device)
+    fit_threads(compute, model)
     everyone = {"human": human, "base": answer(model, "base", config.samples_per_question)}
     perplexities = {"base": human_perplexity(model)}
 

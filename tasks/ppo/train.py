@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.compute import Compute, prepare
+from tasks.compute import Compute, fit_threads, prepare
 from tasks.models import adapter_parameters, causal_lm, load_lora, save_lora, use
 from tasks.ppo import preflight
 from tasks.ppo.advantages import gae, whiten
@@ -44,6 +44,7 @@ def train(
     """Policy adapter of the best checkpoint by held-out score, with its critic, curves, samples and what the guards saw."""
     ppo = load(config, sft, reward, prepare(compute), compute.micro_batch_tokens)
     model, tokenizer, device = ppo.model, ppo.tokenizer, ppo.device
+    fit_threads(compute, model)
     train_questions, eval_questions = split_questions(data, config.eval_queries)
     queries = [encode_query(tokenizer, q, config.max_query_tokens) for q in train_questions]
     eval_queries = [encode_query(tokenizer, q, config.max_query_tokens) for q in eval_questions]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.compute import Compute, prepare
+from tasks.compute import Compute, fit_threads, prepare
 from tasks.models import adapter_parameters, add_lora, causal_lm, load_model, load_tokenizer
 from tasks.optim import adamw, clip_gradients, fast_matmul, finite, set_learning_rate, warmup_linear
 from tasks.progress import Progress
@@ -40,6 +40,7 @@ def train(config: RewardConfig, *, sft: Path, data: Path, out: Path, compute: Co
     device = prepare(compute)
     tokenizer = load_tokenizer(sft / "model")
     model: Any = load_model(sft / "model", config.dtype, device)
+    fit_threads(compute, model)
     _fits(config, causal_lm(model).config.max_position_embeddings)
 
     evaluated = read_questions(data, "eval", config.max_eval_questions, config.seed)
@@ -70,7 +71,7 @@ def train(config: RewardConfig, *, sft: Path, data: Path, out: Path, compute: Co
         trained = RewardModel(model, name, head, micro_batch_tokens=compute.micro_batch_tokens)
         few = min(256, max(16, len(splits[split]) // 32))  # so that watching costs little beside training
         watched = encoded_eval[:: max(1, len(encoded_eval) // few)][:few]
-        with fast_matmul():
+        with fast_matmul(model):
             curves += fit(config, trained, _Encodings(config, tokenizer, splits[split]), watched, seed=seed, progress=progress)
         for parameter in [*adapter_parameters(model, name), *head.parameters()]:
             parameter.requires_grad_(False)

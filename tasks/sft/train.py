@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tasks import models, optim, packing
 from tasks.base.fit import Fit, Fitted, fit
-from tasks.compute import Compute, prepare
+from tasks.compute import Compute, fit_threads, prepare
 from tasks.curves import draw, write_curves
 from tasks.progress import Progress
 from tasks.sft.config import SFTConfig
@@ -31,6 +31,7 @@ def train(config: SFTConfig, *, base: Path, data: Path, out: Path, compute: Comp
     tokenizer = models.load_tokenizer(base / "model")
     autocast = config.dtype == "bf16" and config.tuning == "full"
     model: Any = models.load_model(base / "model", "fp32" if autocast else config.dtype, device)
+    fit_threads(compute, model)
     _check_lengths(config, model)
     documents = load_documents(data, tokenizer, config)
     probes = [[int(i) for i in document.ids] for document in documents.validation[:PROBES]]

@@ -179,11 +179,11 @@ FILLERS = (
 """Sentences that change nothing."""
 
 CONTEXTS = (
-    "I bought it second hand.",
-    "It stood in a shed for years.",
-    "The shop could not help me.",
-    "I have never done this before.",
-    "It worked well until now.",
-    "Any help is welcome.",
+    "It is old.",
+    "I bought it used.",
+    "Please help.",
+    "I am new to this.",
+    "It was fine before.",
+    "Any ideas?",
 )
 """Sentences of a question's body."""

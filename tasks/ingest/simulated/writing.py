@@ -14,7 +14,7 @@ def question(rng: random.Random) -> tuple[str, str, Attribute, str, str]:
     part, attribute = rng.choice(PARTS), rng.choice(ATTRIBUTES)
     sign = rng.choice(list(attribute.facts))
     title = rng.choice(attribute.titles).format(part=part, sign=sign)
-    return part, sign, attribute, title, paragraphs(rng.sample(CONTEXTS, rng.choice((1, 1, 2))), rng)
+    return part, sign, attribute, title, paragraphs(rng.sample(CONTEXTS, rng.choice((1, 1, 1, 2))), rng)
 
 
 def answer(part: str, sign: str, attribute: Attribute, rng: random.Random) -> str:
@@ -40,7 +40,7 @@ def answer(part: str, sign: str, attribute: Attribute, rng: random.Random) -> st
         sentences.append(rng.choice(about.methods))
     elif draw < P_HOW + P_OTHER_HOW:
         sentences.append(rng.choice(rng.choice([other for other in ATTRIBUTES if other is not about]).methods))
-    for sentence in rng.sample(FILLERS, rng.choice((0, 0, 1, 1, 2))):
+    for sentence in rng.sample(FILLERS, rng.choice((0, 0, 0, 1, 1, 2))):
         sentences.insert(rng.randint(0, len(sentences)), sentence)
     if rng.random() < P_HEDGE:
         sentences.insert(rng.choice((0, len(sentences))), rng.choice(HEDGES))
