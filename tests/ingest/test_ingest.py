@@ -112,6 +112,19 @@ def test_foreign_names_cannot_become_markup(site):
     assert "[x](" not in (out / "NOTICE.md").read_text()
 
 
+def test_the_files_load_with_hugging_faces_datasets_and_have_the_paired_layouts_columns(site, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    from datasets import load_dataset
+
+    out, metrics = site.ingest(site.write(site.plain(40)))
+    cache = str(tmp_path / "cache")
+    pairs = load_dataset("parquet", data_files=str(out / "pairs/**/*.parquet"), split="train", cache_dir=cache)
+    questions = load_dataset("parquet", data_files=str(out / "questions/**/*.parquet"), split="train", cache_dir=cache)
+    assert {"qid", "question", "date", "metadata", "response_j", "response_k"} <= set(pairs.column_names)
+    assert {"qid", "question", "answers", "date", "metadata"} <= set(questions.column_names)
+    assert (len(pairs), len(questions)) == (metrics["pairs"], metrics["questions"])
+
+
 def test_a_question_whose_answers_have_the_same_votes_keeps_its_answers_and_has_no_pairs(site):
     """The H4 data set gave such a question the answers of the question before."""
     rows = [*site.plain(4), site.question(900), site.answer(901, 900, score=2), site.answer(902, 900, score=3)]  # both score 2
