@@ -76,7 +76,7 @@ def reward(
     compute: Compute = DEFAULT_COMPUTE,
     refresh: bool = False,
 ) -> State[Artifact]:
-    """The reward model, and the judge that PPO never sees."""
+    """The reward model, and the judge, which watches PPO and never rewards it."""
     return own(
         reward_task(config, Execution(store=store, compute=compute, refresh=refresh), sft=sft, ingest=ingest, return_state=True)
     )

@@ -19,7 +19,7 @@ def identify(config: RewardConfig, *, sft: str, ingest: str) -> Identity:
 
 @step_task("reward")
 def reward(config: RewardConfig, execution: Execution, *, sft: Artifact, ingest: Artifact) -> State[Artifact]:
-    """The reward model, and the judge that PPO never sees."""
+    """The reward model, and the judge, which watches PPO and never rewards it."""
 
     def produce(folders: dict[str, Path], out: Path, progress: Progress) -> dict[str, Any]:
         from tasks.reward.train import train
