@@ -44,9 +44,13 @@ def prepare(compute: Compute) -> "torch.device":
     return torch.device("cuda" if cuda else "cpu")
 
 
+def is_small(model: "torch.nn.Module") -> bool:
+    return sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL
+
+
 def fit_threads(compute: Compute, model: "torch.nn.Module") -> None:
     """One thread for a model too small to gain by more, unless `compute.threads` says otherwise."""
     import torch
 
-    if compute.threads is None and sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL:
+    if compute.threads is None and is_small(model):
         torch.set_num_threads(1)

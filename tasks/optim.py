@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from tasks.compute import SMALL_MODEL
+from tasks.compute import is_small
 
 
 def warmup_cosine(step: int, steps: int, warmup: int, floor: float = 0.0) -> float:
@@ -75,7 +75,7 @@ def fast_matmul(model: nn.Module) -> Iterator[None]:
     the many small products of attention five times slower; tasks.packing keeps those out of it. Products of a small model gain
     nothing (measured: 0.33 CPU-seconds a step without, 0.42 with, at hidden size 96), and are left as they are.
     """
-    if torch.cuda.is_available() or sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL:
+    if torch.cuda.is_available() or is_small(model):
         yield
         return
     a = torch.linspace(-1, 1, 256 * 256).reshape(256, 256).sin()

@@ -34,6 +34,15 @@ def listening(listener: Listener) -> Iterator[None]:
         _listeners.remove(listener)
 
 
+def hear(update: Update) -> None:
+    """Pass an update to every listener of this process."""
+    for listener in tuple(_listeners):
+        try:
+            listener(update)
+        except Exception:  # a broken display must not cost a training run
+            logger.warning("a progress listener failed", exc_info=True)
+
+
 @dataclass(frozen=True)
 class Progress:
     """A step's voice: `progress(done, total, phase="train", loss=2.3)` and `progress.note("...")`."""
@@ -41,15 +50,8 @@ class Progress:
     step: str
 
     def __call__(self, done: int, total: int, phase: str = "", **metrics: float) -> None:
-        self._tell(Update(self.step, phase, done, total, metrics))
+        hear(Update(self.step, phase, done, total, metrics))
 
     def note(self, text: str) -> None:
         logger.info("%s: %s", self.step, text)
-        self._tell(Update(self.step, note=text))
-
-    def _tell(self, update: Update) -> None:
-        for listener in tuple(_listeners):
-            try:
-                listener(update)
-            except Exception:  # a broken display must not cost a training run
-                logger.warning("a progress listener failed", exc_info=True)
+        hear(Update(self.step, note=text))

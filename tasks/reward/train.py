@@ -9,6 +9,7 @@ import json
 import math
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.compute import Compute, fit_threads, prepare
+from tasks.compute import Compute, cores, fit_threads, is_small, prepare
 from tasks.models import adapter_parameters, add_lora, causal_lm, load_model, load_tokenizer
 from tasks.optim import adamw, clip_gradients, fast_matmul, finite, set_learning_rate, warmup_linear
+from tasks.processes import side_by_side
 from tasks.progress import Progress
 from tasks.prompts import encode_query
 from tasks.reward.accuracy import differences, flatten, full_accuracy, wins
@@ -59,45 +61,84 @@ def train(config: RewardConfig, *, sft: Path, data: Path, out: Path, compute: Co
     encoded_eval = [_encode(config, tokenizer, q) for q in evaluated]
     probes = [(q.query, response) for q in encoded_eval for response in q.responses][:32]
 
-    curves: Curve = []
-    results: dict[str, dict[str, Any]] = {}
-    calibrations: dict[str, dict[str, Any]] = {}
-    scale: dict[str, tuple[float, float]] = {}
-    expected: dict[str, Tensor] = {}
     folders = {"reward": out, "judge": out / "judge"}
-    for name, split, seed in (("reward", "reward", config.seed), ("judge", config.judge_split, config.seed + 1)):
-        model = add_lora(model, config.lora, name, seed)
-        head = ScoreHead(causal_lm(model).config.hidden_size, seed).to(device)
-        trained = RewardModel(model, name, head, micro_batch_tokens=compute.micro_batch_tokens)
-        few = min(256, max(16, len(splits[split]) // 32))  # so that watching costs little beside training
-        watched = encoded_eval[:: max(1, len(encoded_eval) // few)][:few]
-        with fast_matmul(model):
-            curves += fit(config, trained, _Encodings(config, tokenizer, splits[split]), watched, seed=seed, progress=progress)
-        for parameter in [*adapter_parameters(model, name), *head.parameters()]:
-            parameter.requires_grad_(False)
+    # A small model gains nothing by a second thread, so there the two learn side by side; the numbers are the same.
+    together = device.type == "cpu" and is_small(model) and (compute.threads or cores()) >= len(folders)
+    own = compute.model_copy(update={"threads": 1}) if together else compute
+    jobs = [
+        Job(name, config, sft, folders[name], splits[split], evaluated, samples, probes, seed, own, progress)
+        for name, split, seed in (("reward", "reward", config.seed), ("judge", config.judge_split, config.seed + 1))
+    ]
+    del model
+    trained = dict(zip(folders, side_by_side(train_one, [(job,) for job in jobs], len(jobs) if together else 1), strict=True))
 
-        progress.note(f"{name}: measuring on {len(evaluated)} questions of the eval split")
-        difference = _differences(trained, encoded_eval)
-        results[name] = full_accuracy(difference, pairs)
-        results[name] |= {
-            "responses": sum(len(q.responses) for q in encoded_eval),
-            "responses_cut": sum(q.cut for q in encoded_eval),
-        }
-        calibrations[name] = calibrate(difference, pairs.question)
-        trained.mean, trained.std = scale[name] = score_scale(trained.scores(samples.queries, samples.responses))
-        expected[name] = trained.scores(*_columns(probes))
-        folders[name].mkdir(exist_ok=True)
-        save(trained, folders[name])
-
-    del model, trained  # the check reads everything back from disk, and wants the memory
-    read_back: Any = load_model(sft / "model", config.dtype, device)
+    read_back: Any = load_model(sft / "model", config.dtype, device)  # as the next step will
     for name, folder in folders.items():
-        read_back = check_hand_over(read_back, folder, name, probes, expected[name]).model
+        read_back = check_hand_over(read_back, folder, name, probes, torch.tensor(trained[name].expected)).model
 
+    cut = {"responses": sum(len(q.responses) for q in encoded_eval), "responses_cut": sum(q.cut for q in encoded_eval)}
+    results = {name: full_accuracy(one.differences, pairs) | cut for name, one in trained.items()}
+    calibrations = {name: calibrate(one.differences, pairs.question) for name, one in trained.items()}
+    scale = {name: one.scale for name, one in trained.items()}
+    curves = [row for one in trained.values() for row in one.curve]
     for file, content in (("accuracy", results), ("baselines", rivals), ("calibration", calibrations), ("curves", curves)):
         (out / f"{file}.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     write_report(out / "REPORT.md", results=results, rivals=rivals, calibrations=calibrations, scale=scale, curves=curves)
     return _metrics(results, rivals, calibrations, scale)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What it takes to train one of the two; small enough to send to another process."""
+
+    name: str
+    config: RewardConfig
+    sft: Path
+    folder: Path
+    questions: list[Question]
+    evaluated: list[Question]
+    samples: Rollout
+    """Of the SFT model: their scores' mean and spread are the model's 0 and 1."""
+    probes: list[tuple[list[int], list[int]]]
+    seed: int
+    compute: Compute
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Trained:
+    curve: Curve
+    differences: np.ndarray
+    """Score of j minus score of k of every pair of the eval split, (P,)."""
+    scale: tuple[float, float]
+    expected: list[float]
+    """Scores of the probes, before saving."""
+
+
+def train_one(job: Job) -> Trained:
+    """Train the reward model or the judge, measure it, and save it into the job's folder."""
+    config, name = job.config, job.name
+    device = prepare(job.compute)
+    tokenizer = load_tokenizer(job.sft / "model")
+    model: Any = load_model(job.sft / "model", config.dtype, device)
+    fit_threads(job.compute, model)
+    model = add_lora(model, config.lora, name, job.seed)
+    head = ScoreHead(causal_lm(model).config.hidden_size, job.seed).to(device)
+    reward = RewardModel(model, name, head, micro_batch_tokens=job.compute.micro_batch_tokens)
+    encoded_eval = [_encode(config, tokenizer, q) for q in job.evaluated]
+    few = min(256, max(16, len(job.questions) // 32))  # so that watching costs little beside training
+    watched = encoded_eval[:: max(1, len(encoded_eval) // few)][:few]
+    with fast_matmul(model):
+        curve = fit(config, reward, _Encodings(config, tokenizer, job.questions), watched, seed=job.seed, progress=job.progress)
+    for parameter in [*adapter_parameters(model, name), *head.parameters()]:
+        parameter.requires_grad_(False)
+
+    job.progress.note(f"{name}: measuring on {len(job.evaluated)} questions of the eval split")
+    reward.mean, reward.std = score_scale(reward.scores(job.samples.queries, job.samples.responses))
+    job.folder.mkdir(exist_ok=True)
+    save(reward, job.folder)
+    expected = reward.scores(*_columns(job.probes)).tolist()
+    return Trained(curve, _differences(reward, encoded_eval), (reward.mean, reward.std), expected)
 
 
 def fit(

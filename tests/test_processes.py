@@ -1,0 +1,43 @@
+"""Work side by side: the same results in the same order, progress heard here, and no call that fails goes unnoticed."""
+
+import os
+import signal
+
+import pytest
+
+from tasks.processes import side_by_side
+from tasks.progress import Progress, Update, listening
+
+
+def work(number: int) -> tuple[int, int]:
+    Progress("test")(number, 3, phase="work")
+    return number * number, os.getpid()
+
+
+def fail(number: int) -> None:
+    raise ValueError(f"number {number} is wrong")
+
+
+def die(number: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_results_keep_their_order_and_progress_is_heard_here(processes):
+    heard: list[Update] = []
+    with listening(heard.append):
+        results = side_by_side(work, [(1,), (2,), (3,)], processes)
+    assert [square for square, _ in results] == [1, 4, 9]
+    assert ({pid for _, pid in results} == {os.getpid()}) == (processes == 1)
+    assert sorted(update.done for update in heard) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_a_call_raises_is_raised_here(processes):
+    with pytest.raises(ValueError, match="number 1 is wrong"):
+        side_by_side(fail, [(1,)], processes)
+
+
+def test_a_killed_process_is_told():
+    with pytest.raises(RuntimeError, match="killed, often for want of memory"):
+        side_by_side(die, [(1,), (2,)], 2)
