@@ -82,6 +82,7 @@ def test_a_model_from_a_folder_is_known_by_its_content_and_needs_no_ingest(store
         folder = tmp_path / name
         folder.mkdir()
         (folder / "config.json").write_text("{}")
+        (folder / "tokenizer.json").write_text("{}")
         (folder / "model.safetensors").write_bytes(b"weights")
     one, two = (keys(store, model=str(tmp_path / name)) for name in ("one", "two"))
     assert one == two

@@ -56,7 +56,8 @@ def test_a_dump_takes_the_place_of_the_simulated_site():
 def test_overrides_change_what_they_name_and_nothing_else():
     changed = resolve(overrides={"ppo.kl_coef": 0.02, "ppo.lora.r": 4, "ingest.simulate.questions": 50})
     assert (changed.ppo.kl_coef, changed.ppo.lora.r, changed.ingest.simulate.questions) == (0.02, 4, 50)
-    back = resolve(changed, {"ppo.kl_coef": TINY.ppo.kl_coef, "ppo.lora.r": TINY.ppo.lora.r, "ingest.simulate.questions": 3000})
+    before = {"ppo.kl_coef": 0.05, "ppo.lora.r": 16, "ingest.simulate.questions": 10_000}
+    back = resolve(changed, before)
     assert back == TINY
 
 
