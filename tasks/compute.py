@@ -25,7 +25,7 @@ class Compute(BaseModel):
 
 
 SMALL_MODEL = 4_000_000
-"""Parameters. Below, two threads took as long as one for twice the CPU time, and far longer beside another busy process."""
+"""Parameters. Below, a second thread gains little for its CPU time, and beside a busy process two take far longer."""
 
 
 def cores() -> int:

@@ -62,7 +62,7 @@ def train(config: RewardConfig, *, sft: Path, data: Path, out: Path, compute: Co
     probes = [(q.query, response) for q in encoded_eval for response in q.responses][:32]
 
     folders = {"reward": out, "judge": out / "judge"}
-    # A small model gains nothing by a second thread, so there the two learn side by side; the numbers are the same.
+    # A small model gains little by a second thread, so there the two learn side by side; the numbers are the same.
     together = device.type == "cpu" and is_small(model) and (compute.threads or cores()) >= len(folders)
     own = compute.model_copy(update={"threads": 1}) if together else compute
     jobs = [
