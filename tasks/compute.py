@@ -20,6 +20,10 @@ class Compute(BaseModel):
     """Threads of torch; None: all the cores that this process may use, but one for a model too small to gain by more."""
     workers: int | None = Field(None, ge=1)
     """Processes of ingest; None: all the cores that this process may use."""
+    engine: Literal["processes", "dask", "ray"] = "processes"
+    """What runs the shards of ingest: processes of this machine, or a Dask or Ray cluster (extras `dask`, `ray`)."""
+    engine_address: str | None = None
+    """Address of the cluster, such as tcp://10.0.0.1:8786 or ray://10.0.0.1:10001; None: one is started on this machine."""
     micro_batch_tokens: int = Field(16_384, ge=1)
     """Tokens in one forward pass; larger batches accumulate gradients."""
 

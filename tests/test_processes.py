@@ -18,6 +18,19 @@ def fail(number: int) -> None:
     raise ValueError(f"number {number} is wrong")
 
 
+class OddError(Exception):
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} and {second}")
+
+
+def fail_oddly(number: int) -> None:
+    raise OddError("this", "that")
+
+
+def make_a_function(number: int) -> object:
+    return lambda: number
+
+
 def die(number: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -41,3 +54,17 @@ def test_what_a_call_raises_is_raised_here(processes):
 def test_a_killed_process_is_told():
     with pytest.raises(RuntimeError, match="killed, often for want of memory"):
         side_by_side(die, [(1,), (2,)], 2)
+
+
+def test_what_cannot_travel_between_processes_is_told():
+    with pytest.raises(RuntimeError, match="OddError: this and that"):
+        side_by_side(fail_oddly, [(1,), (2,)], 2)
+    with pytest.raises(Exception, match=r"make_a_function.*lambda"):
+        side_by_side(make_a_function, [(1,), (2,)], 2)
+
+
+def test_workers_that_cannot_start_end_the_run(monkeypatch, capfd):
+    monkeypatch.setenv("PYTHONHOME", "/nowhere")
+    with pytest.raises(RuntimeError, match="end before their first task"):
+        side_by_side(work, [(1,), (2,)], 2)
+    capfd.readouterr()
