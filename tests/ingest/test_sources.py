@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import random
 
 import py7zr
 import pytest
@@ -124,14 +125,15 @@ def bad(tmp_path, name, data=b"", members=None, **options):
     [
         ("a.test.7z", b"not an archive", "corrupt or cut"),
         ("a.test.7z", b"7z\xbc\xaf\x27\x1c" + b"\0" * 40, "corrupt|no Posts.xml in the archive"),
-        ("a.test.7z.001", b"7z\xbc\xaf\x27\x1c", r"one volume of several: join them first \(cat a.test.7z.\* > a.test.7z\)"),
+        ("a.test.7z.001", b"7z\xbc\xaf\x27\x1c", "corrupt or cut"),
+        ("a.test.7z.002", b"7z\xbc\xaf\x27\x1c", "one volume of several: give the first one, a.test.7z.001"),
         ("a.test.zip", b"PK", "a form that is not supported: give a .7z archive"),
         ("a.test.xml.bz2", b"BZh", "a form that is not supported"),
         ("a.test.xml.gz", b"not gzip", "corrupt .no gzip header."),
         ("a.test.xml.zst", b"not zstd", "corrupt .no zstd header."),
         ("a.test.xml", b"", "the file is empty"),
         ("notes.txt", b"hello", "not a dump: give a .7z archive"),
-        ("two words.xml", b"<posts/>", "no name for a site: set ingest.site"),
+        ("two words.xml", b"<posts/>", r"no name for a site: set ingest\.site,"),
     ],
 )
 def test_files_that_cannot_be_read_say_why_and_what_to_do(tmp_path, name, data, message):
@@ -198,6 +200,181 @@ def test_errors_of_the_reader_are_not_blamed_on_the_archive(tmp_path):
 
     with pytest.raises(KeyError, match="mine"):
         sources.read(sources.find((str(path),))[0].files[0], fail)
+
+
+def test_the_volumes_of_an_archive_are_read_as_one(tmp_path):
+    text = b"".join(b'<row Id="%d" PostTypeId="5" />\n' % number for number in range(20_000))
+    whole = pack(tmp_path / "a.test.7z", {"Posts.xml": text, "Users.xml": USERS})
+    data = whole.read_bytes()
+    key = digest(IngestConfig(dump=(str(whole),)))
+    whole.unlink()
+    step = len(data) // 11
+    for number, start in enumerate(range(0, len(data), step), start=1):
+        (tmp_path / f"a.test.7z.{number:03}").write_bytes(data[start : start + step])
+    for place in (tmp_path, tmp_path / "a.test.7z.001", tmp_path / "*.7z.*"):
+        assert contents(place) == {"a.test": {"posts": text, "users": USERS}}
+    assert digest(IngestConfig(dump=(str(tmp_path),))) == key
+    (file,) = sources.find((str(tmp_path),))[0].files
+    assert (file.name, file.packed) == ("a.test.7z", len(data))
+    (tmp_path / "a.test.7z.007").unlink()
+    with pytest.raises(ValueError, match="volume 7 of 12 or more is not beside it"):
+        sources.find((str(tmp_path),))
+
+
+def test_random_places_in_volumes_are_those_of_the_whole(tmp_path):
+    generator = random.Random(5)
+    data = generator.randbytes(10_000)
+    for number, start in enumerate((0, 1, 500, 4_096), start=1):
+        (tmp_path / f"x.7z.{number}").write_bytes(data[start : [1, 500, 4_096, 10_000][number - 1]])
+    with sources.open_file(str(tmp_path / "x.7z.1")) as joined:
+        whole = io.BytesIO(data)
+        for _ in range(300):
+            at, size = generator.randrange(11_000), generator.randrange(6_000)
+            assert joined.seek(at) == whole.seek(at)
+            assert joined.read(size) == whole.read(size)
+        assert joined.seek(-10, io.SEEK_END) == 9_990
+
+
+def test_gzip_in_several_members_with_zeros_behind_them(tmp_path):
+    packed = gzip.compress(XML[:100]) + gzip.compress(b"") + gzip.compress(XML[100:]) + b"\0" * 512
+    assert contents(bad(tmp_path, "a.test.xml.gz", packed)) == {"a.test": {"posts": XML}}
+    cut = gzip.compress(XML[:100]) + gzip.compress(XML[100:])[:5]
+    seen = []
+    file = sources.find((str(bad(tmp_path, "b.test.xml.gz", cut)),))[0].files[0]
+    assert (
+        sources.read(file, lambda table, chunk: seen.append(chunk)) == "b.test.xml.gz ends in the middle of its compressed stream"
+    )
+    assert b"".join(seen) == XML[:100]
+    with pytest.raises(ValueError, match="the file is corrupt"):
+        contents(bad(tmp_path, "c.test.xml.gz", gzip.compress(XML) + b"garbage"))
+
+
+def test_large_files_come_in_large_chunks_whatever_their_form(tmp_path):
+    text = random.Random(3).randbytes(4_500_000).hex().encode()
+    (tmp_path / "a.test.xml").write_bytes(text)
+    (tmp_path / "b.test.xml.gz").write_bytes(gzip.compress(text, 1))
+    (tmp_path / "c.test.xml.zst").write_bytes(zstandard.compress(text))
+    pack(tmp_path / "d.test.7z", {"Posts.xml": text}, filters=[{"id": py7zr.FILTER_ZSTD, "level": 1}])
+    for site in sources.find((str(tmp_path),)):
+        chunks: list[bytes] = []
+        sources.read(site.files[0], lambda table, chunk, chunks=chunks: chunks.append(chunk))
+        assert b"".join(chunks) == text
+        assert all(len(chunk) <= 8_000_000 for chunk in chunks)
+        assert len(chunks) <= 12, site.name
+
+
+@pytest.mark.parametrize(
+    ("data", "plain"),
+    [
+        (XML, True),
+        (b"\xef\xbb\xbf<?xml version='1.0' encoding='utf-8'?>" + XML, True),
+        (XML.decode().encode("utf-16"), False),
+        (XML.decode().encode("utf-16-be"), False),
+        (b'<?xml version="1.0" encoding="windows-1252"?>\n' + XML, False),
+    ],
+)
+def test_only_files_in_utf_8_can_be_cut_anywhere(tmp_path, data, plain):
+    file = sources.find((str(bad(tmp_path, "a.test.xml", data)),))[0].files[0]
+    assert file.plain is plain
+    packed = sources.find((str(bad(tmp_path, "b.test.xml.gz", gzip.compress(data))),))[0].files[0]
+    assert packed.plain is False
+
+
+def test_several_dumps_folders_and_globs_at_once(tmp_path, monkeypatch):
+    for name in ("2016/a.test.7z", "2016/b.test.7z", "2020/c.test.7z", "2020/deep/d.test.7z"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        pack(tmp_path / name, {"Posts.xml": XML})
+    (tmp_path / "2020" / "README.md").write_text("hello")
+    (tmp_path / "2020" / "e.test.Votes.xml").write_text("<votes/>")
+    (tmp_path / "f.test").mkdir()
+    (tmp_path / "f.test" / "Posts.xml").write_bytes(XML)
+    monkeypatch.chdir(tmp_path)
+
+    def names(*dump):
+        return [site.name for site in sources.find(dump)]
+
+    assert names("2016/*.7z") == ["a.test", "b.test"]
+    assert names("*/[bc].test.7z") == ["b.test", "c.test"]
+    assert names("20??") == ["a.test", "b.test", "c.test"]
+    assert names("2020/*") == ["c.test"]
+    assert names("**/*.7z", "f.test") == ["a.test", "b.test", "c.test", "d.test", "f.test"]
+    assert names("2016", "2016/a.test.7z", "./2016/*", f"file://{tmp_path}/2020") == ["a.test", "b.test", "c.test"]
+    with pytest.raises(ValueError, match=r"2021/\*\.7z: nothing matches that is a dump"):
+        names("2021/*.7z")
+    with pytest.raises(ValueError, match=r"\*\*/\*\.md: nothing matches that is a dump"):
+        names("**/*.md")
+
+
+def test_each_dump_can_be_given_its_sites_name(tmp_path):
+    for name in ("old/Posts.xml", "new/Posts.xml", "x.xml", "y.7z", "so/so-Posts.xml", "so/so-Users.xml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(USERS if "Users" in name else XML)
+    pack(tmp_path / "y.7z", {"Posts.xml": XML})
+    dump = tuple(str(tmp_path / name) for name in ("old", "new/Posts.xml", "x.xml", "y.7z", "so"))
+    names = {
+        str(tmp_path / "old"): "a.test",
+        str(tmp_path / "new" / "Posts.xml"): "b.test",
+        "x.xml": "c.test",
+        "y": "d.test",
+        "so": "e.test",
+    }
+    found = sources.find(dump, site_names=names)
+    assert [site.name for site in found] == ["a.test", "b.test", "c.test", "d.test", "e.test"]
+    assert [file.name for file in found[-1].files] == ["so-Posts.xml", "so-Users.xml"]
+    assert digest(IngestConfig(dump=dump[3:4], site_names={"y.7z": "d.test"})).keys() == {"d.test: y.7z"}
+    for wrong, message in (
+        ({"z.7z": "a.test"}, r"site_names: 'z.7z' is no dump that was given: name one of Posts.xml, so-Posts.xml"),
+        ({"x.xml": "two words"}, "'two words' is no name for a site"),
+        ({"x.xml": "a.test", "y.7z": "a.test"}, "ids of two dumps collide"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sources.find(dump, site_names=wrong)
+    with pytest.raises(ValueError, match="are both set"):
+        sources.find(dump, "a.test", site_names=names)
+
+
+def test_two_dumps_of_one_site_are_refused_before_they_are_opened(tmp_path):
+    (tmp_path / "a.test.xml").write_bytes(b"")
+    (tmp_path / "a.test.7z").write_bytes(b"no archive")
+    with pytest.raises(ValueError, match="ids of two dumps collide"):
+        sources.find((str(tmp_path / "a.test.xml"), str(tmp_path / "a.test.7z")))
+
+
+def test_a_bare_name_is_taken_from_a_mirror_on_disk(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mirror" / "b.test").mkdir(parents=True)
+    pack(tmp_path / "mirror" / "a.test.7z", {"Posts.xml": XML})
+    (tmp_path / "mirror" / "b.test" / "Posts.xml").write_bytes(XML)
+    for table, data in (("Posts", XML), ("Users", USERS)):
+        pack(tmp_path / "mirror" / f"stackoverflow.com-{table}.7z", {f"{table}.xml": data})
+
+    def names(name, archive):
+        return [(site.name, len(site.files)) for site in sources.find((name,), archive=archive)]
+
+    assert names("A.test", "mirror/{site}.7z") == [("a.test", 1)]
+    assert names("a.test", f"file://{tmp_path}/mirror/{{site}}.7z") == [("a.test", 1)]
+    assert names("b.test", "mirror/{site}") == [("b.test", 1)]
+    assert names("stackoverflow.com", "mirror/{site}.7z") == [("stackoverflow.com", 2)]
+    with pytest.raises(
+        ValueError, match=r"c.test: no such file or folder, and where ingest.archive looks is none: mirror/c.test.7z"
+    ):
+        names("c.test", "mirror/{site}.7z")
+    with pytest.raises(ValueError, match=r"ingest.archive=mirror: it must hold \{site\}"):
+        names("a.test", "mirror")
+    (tmp_path / "a.test").mkdir()  # what is there is meant, before any archive
+    (tmp_path / "a.test" / "Posts.xml").write_bytes(XML)
+    assert names("a.test", "nowhere/{site}.7z") == [("a.test", 1)]
+
+
+@pytest.mark.parametrize("name", ["beer", "a.test.7z", "notes.txt", "dumps/a.test", "a..test", "a.test.xml.gz"])
+def test_what_is_no_site_name_is_not_asked_for_anywhere(name):
+    with pytest.raises(ValueError, match="no such file or folder: check --dump"):
+        sources.find((name,), archive="http://127.0.0.1:9/{site}")
+
+
+def test_unknown_kinds_of_places_are_named():
+    with pytest.raises(ValueError, match=r"ftp:// is not supported: give a local path, s3://, https://, or the name of a site"):
+        sources.find(("ftp://host/a.test.7z",))
 
 
 def test_absent_places_and_empty_folders(tmp_path):
