@@ -53,7 +53,8 @@ def toy_site(tmp_path_factory) -> Path:
         folder = root / "questions" / "site=toy.test" / f"split={split}"
         folder.mkdir(parents=True)
         pq.write_table(
-            pa.Table.from_pylist([{**q, "split": split} for q in toy_questions(24, seed=number)]), folder / "part-00000.parquet"
+            pa.Table.from_pylist([{**q, "split": split, "contaminated": False} for q in toy_questions(24, seed=number)]),
+            folder / "part-00000.parquet",
         )
     (root / "card.json").write_text('{"simulated": false}')
     return root

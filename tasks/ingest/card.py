@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tasks.ingest import changes
 from tasks.ingest.config import IngestConfig
-from tasks.ingest.partitions import MOST_AUTHORS, SPLITS
+from tasks.ingest.partitions import SPLITS
 from tasks.ingest.posts import LICENCE_URLS, host_of
-from tasks.ingest.scan import OTHER_KINDS, TableCount
+from tasks.ingest.rows import Bad
 from tasks.ingest.sources import File
+from tasks.ingest.writer import MOST_AUTHORS
 
 BASELINES = {
     "longer": "longer answer wins",
@@ -21,22 +23,41 @@ BASELINES = {
 }
 
 
+OTHER_KINDS = {3: "orphaned tag wiki", 4: "tag wiki excerpt", 5: "tag wiki", 6: "moderator nomination", 7: "wiki placeholder",
+               8: "privilege wiki"}  # fmt: skip
+
+
+@dataclass
+class Table:
+    """What became of a table's rows: rows == used + quarantined."""
+
+    file: str
+    rows: int = 0
+    repaired: int = 0
+    quarantined: int = 0
+    first_bad: Bad | None = None
+    cut: str | None = None
+    """Where and how it ends too early."""
+
+
 @dataclass
 class Summary:
     """One site, after both stages."""
 
     site: str
     files: list[File]
-    tables: dict[str, TableCount]
+    tables: dict[str, Table]
     counts: Counter[str]
     authors: set[tuple[str, str]]
     """(name, profile)"""
     newest: str
 
 
-def write(config: IngestConfig, summaries: list[Summary], best_possible: float | None, out: Path) -> dict[str, Any]:
+def write(
+    config: IngestConfig, summaries: list[Summary], *, best_possible: float | None, changed: dict[str, Any] | None, out: Path
+) -> dict[str, Any]:
     """card.json, CARD.md, NOTICE.md and REPORT.md; the headline metrics come back."""
-    card = make_card(config, summaries, best_possible)
+    card = make_card(config, summaries, best_possible) | {"changes": changed}
     (out / "card.json").write_text(json.dumps(card, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     text = _markdown(card)
     (out / "CARD.md").write_text(text, encoding="utf-8")
@@ -69,6 +90,9 @@ def make_card(config: IngestConfig, summaries: list[Summary], best_possible: flo
         "incomplete": any(table.cut for summary in summaries for table in summary.tables.values()),
         "settings": {
             "converter": config.converter,
+            "questions": config.questions,
+            "weights": config.weights,
+            "near_duplicates": config.near_duplicates,
             "max_pairs": config.max_pairs,
             "splits": {split: shares[split] for split in SPLITS},
         },
@@ -77,6 +101,7 @@ def make_card(config: IngestConfig, summaries: list[Summary], best_possible: flo
         "left_out": _left_out(counts),
         "bodies": {"converted": counts["bodies"], "by_markdownify": counts["bodies by markdownify"]},
         "clustered_questions": counts["clustered"],
+        "contaminated_questions": sum(counts[f"{split} contaminated"] for split in SPLITS),
         "splits": {split: _split(counts, (split,)) for split in SPLITS},
         "total": _split(counts, SPLITS),
         "score_gaps": {f"{gap}+" if gap == 5 else str(gap): counts[f"gap {gap}"] for gap in range(1, 6)},
@@ -135,6 +160,9 @@ def _left_out(counts: Counter[str]) -> dict[str, int]:
         "answers without text": counts["answers without text"],
         "questions without text": counts["questions without text"],
         "questions without an answer": counts["unanswered"],
+        "questions without a pair": counts["without a pair"],
+        "questions left out by ingest.weights": counts["left out by weight"],
+        "questions with a near-duplicate": counts["near-duplicates"],
         "rows that stood there twice": counts["twice"],
     }
 
@@ -179,8 +207,11 @@ def _markdown(card: dict[str, Any]) -> str:
         *_table(("left out", "rows"), [(name, f"{count:,}") for name, count in card["left_out"].items() if count]),
         "",
         f"{card['bodies']['converted']:,} bodies converted, {card['bodies']['by_markdownify']:,} of them by markdownify. "
-        f"{card['clustered_questions']:,} questions have duplicates, which stay in one split.",
+        f"{card['clustered_questions']:,} questions have duplicates, which stay in one split."
+        + (f" {card['contaminated_questions']:,} share text with the evaluation sets: column `contaminated`."
+           if card["contaminated_questions"] else ""),
         "",
+        *(changes.lines(card["changes"]) if card["changes"] else []),
         "## Sites",
         "",
         *_table(

@@ -21,16 +21,33 @@ class SimulatedSiteConfig(StepConfig):
 class IngestConfig(StepConfig):
     """From StackExchange dumps to questions, preference pairs and splits."""
 
-    LOCATIONS: ClassVar[frozenset[str]] = frozenset({"dump"})
+    LOCATIONS: ClassVar[frozenset[str]] = frozenset({"dump", "archive", "site_names", "evaluation_sets", "previous"})
 
     dump: tuple[str, ...] = ()
-    """Dumps to read: .7z, .xml, .xml.gz, .xml.zst or a folder. Empty: the simulated site."""
+    """Dumps to read: .7z, .xml, .xml.gz, .xml.zst, folders and globs of them, local, s3:// or https://; or a site's bare name,
+    such as coffee.stackexchange.com, which is fetched from `archive`. Empty: the simulated site."""
+    archive: str = "https://archive.org/download/stackexchange/{site}.7z"
+    """Where the dump of a bare site name is fetched from, once; {site} stands for the name."""
     site: str | None = None
     """Name of the site, such as beer.stackexchange.com; by default taken from the dump's file name."""
+    site_names: dict[str, str] = {}
+    """With several dumps: file name or path of a dump -> name of its site, where its file name does not say it."""
     simulate: SimulatedSiteConfig | None = None
     """The simulated site to write and read when no dump is given."""
     converter: Literal["stackexchange", "markdownify"] = "stackexchange"
     """HTML to Markdown: ours, written for this HTML, or markdownify with the options of the original data set."""
+    questions: Literal["answered", "paired"] = "answered"
+    """Keep every question with an answer, or only those with a pair, as the original data set did (and half as much to convert)."""
+    weights: dict[str, float] = {}
+    """Mixing weights: site -> share of its questions that is kept, above 0 and at most 1; 1 for sites that are not named.
+    Which ones are kept is drawn by hash, so a larger weight keeps all that a smaller one did."""
+    near_duplicates: float | None = Field(None, gt=0, lt=1)
+    """Of questions whose texts have at least this Jaccard similarity (5-word shingles, estimated by MinHash), keep only the one
+    with most votes; none of them is dropped when this is not given."""
+    evaluation_sets: tuple[str, ...] = ()
+    """Files (.parquet, .jsonl, .txt) with texts of benchmarks: what shares 13 words in a row with them is marked `contaminated`."""
+    previous: str | None = None
+    """Folder of an older ingest artifact of the same sites: the data card then says what changed since."""
     max_pairs: int = Field(10, ge=1)
     """Pairs drawn per question at most (StackLLaMA: 10)."""
     splits: dict[Literal["sft", "reward", "rl", "eval"], float] = {"sft": 0.3, "reward": 0.3, "rl": 0.3, "eval": 0.1}

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 
@@ -19,17 +20,15 @@ def iter_questions(folder: Path, split: str, columns: list[str] | None = None) -
     """The questions of a split, one dict each, in a fixed order; one row group in memory at a time.
 
     The columns are those of docs/data.md; `answers` is a list of dicts and `pairs` a list of {"j", "k"}: answers[j] is
-    the one that people preferred to answers[k].
+    the one that people preferred to answers[k]. Of the splits that are learnt from, what is `contaminated` is left out.
     """
     for path in question_files(folder, split):
         with pq.ParquetFile(path) as file:
             for group in range(file.num_row_groups):
-                yield from file.read_row_group(group, columns=columns).to_pylist()
-
-
-def count_questions(folder: Path, split: str) -> int:
-    """Questions of a split, from the files' footers alone."""
-    return sum(pq.read_metadata(path).num_rows for path in question_files(folder, split))
+                table = file.read_row_group(group, columns=None if columns is None else [*columns, "contaminated"])
+                if split != "eval":
+                    table = table.filter(pc.invert(table["contaminated"]))
+                yield from (table if columns is None else table.select(columns)).to_pylist()
 
 
 def best_answer(question: dict[str, Any]) -> dict[str, Any]:

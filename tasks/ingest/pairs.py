@@ -1,25 +1,45 @@
 """Which answers people preferred to which, and into which split a question goes. Keyed by hashes, never by a global generator."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import permutations
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-MARKS = ("`", "*", "](", "\n#", "\n>", "\n- ", "\n1. ")  # code, emphasis, links, headings, quotes, lists
+import numpy as np
+
+_MARKS = np.zeros(256, np.uint8)
+_MARKS[[ord("`"), ord("*")]] = 1  # code and emphasis; links, headings, quotes and lists take more than a character
 
 
 def key(*parts: object) -> int:
     """64 bits of BLAKE2b over the parts: the same on every machine, in every process and Python."""
-    return int.from_bytes(hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest(), "big")
+    return int.from_bytes(_lot("\0".join(map(str, parts)).encode()), "big")
+
+
+def candidates(pm_scores: Sequence[int]) -> list[tuple[int, int]]:
+    """All pairs (j, k) of places with pm_scores[j] > pm_scores[k]."""
+    if len(pm_scores) == 2:  # as most questions have
+        first, second = pm_scores
+        return [(0, 1)] if first > second else [(1, 0)] if second > first else []
+    return [(j, k) for j, better in enumerate(pm_scores) for k, worse in enumerate(pm_scores) if better > worse]
+
+
+def draw(site: str, qid: int, ids: Sequence[int], possible: list[tuple[int, int]], most: int) -> list[tuple[int, int]]:
+    """At most `most` of the possible pairs of places in `ids`, drawn evenly without replacement.
+
+    Each pair's lot is a hash of (site, question, both answers), and the lowest are drawn. They come in the order of the draw, so
+    the first n of them are a fair draw of n.
+    """
+    lots = {(j, k): _lot(f"{site}\0{qid}\0{ids[j]}\0{ids[k]}".encode()) for j, k in possible}
+    return sorted(possible, key=lambda pair: (lots[pair], pair))[:most]
+
+
+def _lot(text: bytes) -> bytes:
+    return hashlib.blake2b(text, digest_size=8).digest()  # compares as the number of `key` does
 
 
 def choose_pairs(site: str, qid: int, answers: Sequence[tuple[int, int]], most: int) -> list[tuple[int, int]]:
-    """Pairs (j, k) of places in `answers`, a list of (answer id, pm_score), with pm_score of j above that of k.
-
-    At most `most`, drawn evenly without replacement: each pair's lot is a hash of (site, question, both answers), and the
-    lowest are drawn. They come in the order of the draw, so the first n of them are a fair draw of n.
-    """
-    candidates = [(j, k) for j, k in permutations(range(len(answers)), 2) if answers[j][1] > answers[k][1]]
-    return sorted(candidates, key=lambda pair: (key(site, qid, answers[pair[0]][0], answers[pair[1]][0]), pair))[:most]
+    """The pairs (j, k) of places in `answers`, a list of (answer id, pm_score), that a question contributes."""
+    return draw(site, qid, [number for number, _ in answers], candidates([score for _, score in answers]), most)
 
 
 def split_of(site: str, root: int, shares: Mapping[str, float]) -> str:
@@ -33,24 +53,16 @@ def split_of(site: str, root: int, shares: Mapping[str, float]) -> str:
     return names[-1]
 
 
-def roots(edges: Iterable[tuple[int, int]]) -> dict[int, int]:
-    """The smallest id of each connected cluster, for every id that stands in an edge (union-find)."""
-    parent: dict[int, int] = {}
-
-    def root(node: int) -> int:
-        parent.setdefault(node, node)
-        while parent[node] != node:
-            parent[node] = parent[parent[node]]
-            node = parent[node]
-        return node
-
-    for a, b in edges:
-        low, high = sorted((root(a), root(b)))
-        parent[high] = low
-    return {node: root(node) for node in list(parent)}
-
-
-def markup(text: str) -> int:
-    """How many marks of Markdown a text has."""
-    lines = "\n" + text
-    return sum(map(lines.count, MARKS))
+def markup(text: bytes, offsets: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """How many marks of Markdown each of N texts has, which stand one behind the other as UTF-8; offsets (N + 1,) -> (N,)."""
+    data = np.frombuffer(text, np.uint8)
+    marks = _MARKS[data]
+    marks[:-1] |= (data[:-1] == ord("]")) & (data[1:] == ord("("))
+    starts = offsets[:-1][np.diff(offsets) > 0]
+    marks[starts[1:] - 1] *= data[starts[1:] - 1] != ord("]")  # the next text's ( is not its own
+    lines = np.concatenate([np.flatnonzero(data == ord("\n")) + 1, starts])
+    begins = [data[np.minimum(lines + place, len(data) - 1)] for place in range(3)]
+    headed = (begins[0] == ord("#")) | (begins[0] == ord(">")) | ((begins[0] == ord("-")) & (begins[1] == ord(" ")))
+    numbered = (begins[0] == ord("1")) & (begins[1] == ord(".")) & (begins[2] == ord(" "))
+    marks[np.unique(lines[(headed | numbered) & (lines < len(data))])] |= 1
+    return np.diff(np.searchsorted(np.flatnonzero(marks), offsets))

@@ -1,244 +1,371 @@
-"""The two stages between a dump and its records: rows into hash partitions, then each partition to records on its own.
+"""Between the stages rows lie in hash partitions; stage two turns each partition into records, on its own.
 
 Nothing here depends on the order of rows, on how many partitions there are, or on which process takes which.
 """
 
-import datetime
-import itertools
+import gc
+import json
 import math
-import re
+import shutil
+import uuid
+from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import zstandard
 
-from tasks.ingest import posts
-from tasks.ingest.index import look_up
+from tasks.ingest import contamination, mix, near, posts
 from tasks.ingest.markdown import convert
-from tasks.ingest.pairs import choose_pairs, key, markup, split_of
-from tasks.ingest.posts import Post
+from tasks.ingest.names import names_of
+from tasks.ingest.pairs import candidates, draw, key, split_of
+from tasks.ingest.rows import Values
 from tasks.ingest.writer import Pieces
 
-PARTITION_BYTES = 48_000_000  # of Posts.xml; a worker needs some 420 MB at that
-SPILL_BYTES = 32_000_000  # rows held before they are written out
-Row = re.Match[bytes]  # of posts.POSTS.strict: much smaller than what it says
 SPLITS = ("sft", "reward", "rl", "eval")
-MOST_AUTHORS = 20_000  # named in NOTICE.md; beyond that the columns have to do
+TURN_BYTES = 500_000  # of escaped HTML that is unescaped in one go
+DONE = "done.json"
 
 
-def count_partitions(size: int) -> int:
-    """Partitions for a Posts.xml of `size` bytes."""
-    return max(1, math.ceil(size / PARTITION_BYTES))
+def size_of_parts(size: int, smallest: int, largest: int, most: int) -> int:
+    """Bytes of each part of `size` bytes: small ones balance the load, but there must not be too many."""
+    return min(max(smallest, math.ceil(size / most)), largest)
 
 
 class Spill:
-    """Rows by hash of their question, packed, in one scratch file a partition."""
+    """The rows of one block by partition: one file, and an index of who begins where."""
 
-    def __init__(self, folder: Path, site: str, partitions: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.paths = [folder / f"rows-{number:05}.zst" for number in range(partitions)]
-        self._site = site
-        self._held: list[list[bytes]] = [[] for _ in self.paths]
-        self._size = 0
-        self._packer = zstandard.ZstdCompressor(level=1)
+    def __init__(self, folder: Path, site: str, partitions: int, pack: bool) -> None:
+        self._folder, self._site, self._partitions, self._pack = folder, site, partitions, pack
+        self._rows: dict[int, list[bytes]] = defaultdict(list)  # by question
 
-    def add(self, qid: int, row: bytes) -> None:
-        # By the hash's high end: partitions in their order, each sorted by hash, are the site sorted by hash.
-        self._held[key(self._site, qid) * len(self.paths) >> 64].append(row)
-        self._size += len(row) + 100
-        if self._size > SPILL_BYTES:
-            self.flush()
+    def add(self, qid: int, values: Values) -> None:
+        # No value of a row holds a quote or a line feed.
+        self._rows[qid].append(b'"'.join(values))
 
-    def flush(self) -> None:
-        for path, rows in zip(self.paths, self._held, strict=True):
-            if rows:
-                with path.open("ab") as file:
-                    file.write(self._packer.compress(b"\n".join(rows) + b"\n"))
-        self._held, self._size = [[] for _ in self.paths], 0
+    def close(self) -> None:
+        parts: list[list[bytes]] = [[] for _ in range(self._partitions)]
+        for qid, rows in self._rows.items():
+            # By the hash's high end: partitions in their order, each sorted by hash, are the site sorted by hash.
+            parts[key(self._site, qid) * self._partitions >> 64].extend(rows)
+        self._rows.clear()
+        ends = [0]
+        packer = zstandard.ZstdCompressor(level=1)
+        with (self._folder / "rows").open("wb") as file:
+            for rows in parts:
+                data = b"\n".join(rows)
+                data = packer.compress(data) if self._pack and data else data
+                file.write(data)
+                ends.append(ends[-1] + len(data))
+        np.save(self._folder / "index.npy", np.array(ends, "<i8"))
+
+
+def spilled(folders: Iterable[Path], number: int, pack: bool) -> Iterator[bytes]:
+    """The rows of one partition, from all blocks."""
+    unpacker = zstandard.ZstdDecompressor()
+    for folder in folders:
+        index = np.load(folder / "index.npy", mmap_mode="r")
+        begin, end = int(index[number]), int(index[number + 1])
+        if begin == end:
+            continue
+        with (folder / "rows").open("rb") as file:
+            file.seek(begin)
+            data = file.read(end - begin)
+        if len(data) != end - begin:
+            raise RuntimeError(f"{folder}: the scratch file of a block is too short; run again")
+        yield from (unpacker.decompress(data) if pack else data).split(b"\n")
 
 
 @dataclass(frozen=True)
 class Partition:
-    """All that a worker needs to turn one partition into records: small, and the same for every executor."""
+    """All that a worker needs to turn one partition into records: small, and the same for every engine."""
 
     number: int
     site: str
-    rows: Path
-    index: Path
-    pieces: Path  # folder for what it makes
+    site_number: int
+    """Place of the site's name among all, sorted."""
+    blocks: tuple[Path, ...]
+    """Folders of the blocks of the site's posts."""
+    folder: Path
+    """For what comes out; is not there before it is whole."""
+    names: Path | None
+    clusters: Path
+    contamination: Path | None
+    pack: bool
     converter: Literal["stackexchange", "markdownify"]
+    questions: Literal["answered", "paired"]
     max_pairs: int
     shares: Mapping[str, float]
-    dump_date: datetime.date
+    weights: Mapping[str, float]
+    signatures: bool
+    dump_date: str
 
 
 @dataclass
 class Outcome:
-    """What a worker hands back: counts, the authors' names, and how many questions of each split it wrote."""
+    """What a worker hands back: counts, and how many questions of each split lie in its folder."""
 
     number: int
-    counts: Counter[str]
-    authors: set[tuple[str, str]]
-    records: dict[str, int]
+    folder: Path
+    counts: Counter[str] = field(default_factory=Counter)
+    records: dict[str, int] = field(default_factory=dict)
 
 
-def piece(folder: Path, split: str, number: int) -> Path:
-    return folder / f"{split}-{number:05}.arrow"
+def piece(folder: Path, split: str) -> Path:
+    return folder / f"{split}.arrow"
 
 
 def process(partition: Partition) -> Outcome:
     """Join, score and pair the answers; convert what is kept; write the records, sorted by the hash of the question."""
-    counts: Counter[str] = Counter()
-    authors: set[tuple[str, str]] = set()
-    questions, answers = _load(partition.rows, counts)
-    everyone = itertools.chain(questions.values(), *(group.values() for group in answers.values()))
-    users = {int(row[posts.OWNER]) for row in everyone if row[posts.OWNER]}
-    names, clusters = look_up(partition.index, users, set(questions))
-    out = {split: Pieces(piece(partition.pieces, split, partition.number)) for split in SPLITS}
-    maker = _Maker(partition, names, clusters, counts)
-    for qid in sorted(questions, key=lambda q: key(partition.site, q)):
-        if qid not in answers:
-            counts["unanswered"] += 1
-            continue
-        answered = [posts.parse_post(row) for _, row in sorted(answers.pop(qid).items())]
-        record = maker.record(posts.parse_post(questions.pop(qid)), answered)
-        if record is None:
-            continue
-        out[record["split"]].add(record)
-        if len(authors) <= MOST_AUTHORS:
-            credited = [record, *record["answers"]]
-            authors |= {(c["author"] or "", c["author_profile"] or "") for c in credited if c["author"] or c["author_profile"]}
+    collecting = gc.isenabled()
+    gc.disable()  # as in scan
+    work = partition.folder.with_name(f"{partition.folder.name}.{uuid.uuid4().hex}.tmp")
+    work.mkdir(parents=True)
+    try:
+        outcome = Outcome(partition.number, partition.folder)
+        _process(partition, work, outcome)
+        (work / DONE).write_text(json.dumps(vars(outcome) | {"folder": ""}))
+        try:
+            work.rename(partition.folder)
+        except OSError:  # another process of the same run was first, with the same
+            if not (partition.folder / DONE).exists():
+                raise
+        return outcome
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        if collecting:
+            gc.enable()
+
+
+def finished(partition: Partition) -> Outcome | None:
+    """What an earlier run left of this partition."""
+    try:
+        kept = json.loads((partition.folder / DONE).read_text())
+    except (OSError, ValueError):
+        return None
+    return Outcome(kept["number"], partition.folder, Counter(kept["counts"]), kept["records"])
+
+
+def _process(partition: Partition, work: Path, outcome: Outcome) -> None:
+    counts, site = outcome.counts, partition.site
+    questions, answers = _load(partition, counts)
+    chooser = _Chooser(partition, mix.look_up(partition.clusters, site, questions), counts)
+    drafts = [draft for qid, row in questions.items() if (draft := chooser.choose(qid, row, answers.pop(qid, None)))]
+    drafts.sort(key=lambda draft: key(site, draft.qid))
     counts["orphans"] += sum(map(len, answers.values()))
+    users = {int(row[posts.OWNER]) for draft in drafts for row in (draft.row, *draft.answers) if row[posts.OWNER]}
+    maker = _Maker(partition, chooser, names_of(partition.names, users) if partition.names else {}, counts)
+    base, day = f"https://{posts.host_of(site)}", partition.dump_date
+    out = {split: Pieces(piece(work, split), site, split, base, day, partition.pack) for split in SPLITS}
+    signatures = (work / "signatures").open("wb") if partition.signatures else None
+    for turn in _turns(drafts):
+        for record in maker.records(turn):
+            out[record["split"]].add(record)
+            if signatures:
+                signatures.write(near.record(partition.site_number, record["qid"], record["votes"], record["question"]))
+    if signatures:
+        signatures.close()
     for pieces in out.values():
         pieces.close()
-    return Outcome(partition.number, counts, authors, {name: pieces.rows for name, pieces in out.items()})
+    outcome.records = {name: pieces.rows for name, pieces in out.items()}
 
 
-def _load(path: Path, counts: Counter[str]) -> tuple[dict[int, Row], dict[int, dict[int, Row]]]:
+def _load(partition: Partition, counts: Counter[str]) -> tuple[dict[int, Values], dict[int, dict[int, Values]]]:
     """Questions by id, and answers by question and id. Of a post that stands there twice, the one active last stays."""
-    questions: dict[int, Row] = {}
-    answers: defaultdict[int, dict[int, Row]] = defaultdict(dict)
-    for line in _lines(path):
-        row = posts.POSTS.strict.fullmatch(line)
-        assert row is not None, line[:200]
+    questions: dict[int, Values] = {}
+    answers: defaultdict[int, dict[int, Values]] = defaultdict(dict)
+    for line in spilled(partition.blocks, partition.number, partition.pack):
+        row: Any = line.split(b'"')
         question = row[posts.KIND] == posts.QUESTION
         counts["questions read" if question else "answers read"] += 1
         place, number = questions if question else answers[int(row[posts.PARENT])], int(row[posts.ID])
         if number in place:
             counts["twice"] += 1
-            row = max(row, place[number], key=lambda r: (r[posts.ACTIVE] or b"", r[0]))
+            row = max(row, place[number], key=lambda r: (r[posts.ACTIVE], b'"'.join(r)))
         place[number] = row
     return questions, dict(answers)
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    if not path.exists():
-        return
-    with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as stream:
-        rest = b""
-        while chunk := stream.read(4_000_000):
-            *rows, rest = (rest + chunk).split(b"\n")
-            yield from rows
-    assert not rest, path
+@dataclass(slots=True)
+class _Draft:
+    """A question and those of its answers that are kept, sorted by id; nothing is converted yet."""
+
+    qid: int
+    row: Values
+    answers: list[Values]
+    votes: list[int]
+    scores: list[int]  # pm_score
+    selected: list[bool]
+    pairs: list[tuple[int, int]] | None
+    """Places in `answers`; None: to be drawn when it is known which answers have text."""
+    everything: "_Draft | None" = None
+    """Where answers were left out because they are in no pair: with them."""
+
+    def of(self, places: list[int], pairs: list[tuple[int, int]] | None) -> "_Draft":
+        """With the answers at these places alone; `pairs` still counts in the old places."""
+        return _Draft(
+            self.qid,
+            self.row,
+            [self.answers[place] for place in places],
+            [self.votes[place] for place in places],
+            [self.scores[place] for place in places],
+            [self.selected[place] for place in places],
+            None if pairs is None else [(bisect_left(places, j), bisect_left(places, k)) for j, k in pairs],
+        )
+
+
+class _Chooser:
+    """What of a partition is kept, before anything is converted, which is the dear part."""
+
+    def __init__(self, partition: Partition, clusters: dict[int, tuple[str, int]], counts: Counter[str]) -> None:
+        self.partition, self.clusters, self.counts = partition, clusters, counts
+        self.paired = partition.questions == "paired"
+
+    def choose(self, qid: int, row: Values, group: dict[int, Values] | None) -> _Draft | None:
+        """A question and its answers by id, as far as they are kept; None when nothing is."""
+        if group is None:
+            self.counts["unanswered"] += 1
+            return None
+        if self.partition.weights and not mix.kept(*self.root(qid), self.partition.weights):
+            self.counts["left out by weight"] += 1
+            return None
+        if not self.paired:
+            return self.everything(qid, row, group)
+        if len(group) > 1:
+            draft = self.in_pairs(self.everything(qid, row, group))
+            if draft.pairs:
+                return draft
+        self.counts["without a pair"] += 1
+        return None
+
+    def root(self, qid: int) -> tuple[str, int]:
+        """(site, id) of the root of the question's cluster."""
+        return self.clusters.get(qid) or (self.partition.site, qid)
+
+    def everything(self, qid: int, row: Values, group: dict[int, Values]) -> _Draft:
+        answers = [group[number] for number in sorted(group)] if len(group) > 1 else list(group.values())
+        accepted = row[posts.ACCEPTED]
+        votes = [int(answer[posts.SCORE]) for answer in answers]
+        selected = [answer[posts.ID] == accepted for answer in answers]
+        return _Draft(qid, row, answers, votes, list(map(posts.pm_score, votes, selected)), selected, None)
+
+    def in_pairs(self, draft: _Draft) -> _Draft:
+        """With its pairs drawn, and only the answers in them."""
+        pairs = self.draw(draft)
+        used = sorted({place for pair in pairs for place in pair})
+        if len(used) < len(draft.answers):
+            fewer = draft.of(used, pairs)
+            fewer.everything = draft
+            return fewer
+        draft.pairs = pairs
+        draft.everything = draft
+        return draft
+
+    def draw(self, draft: _Draft) -> list[tuple[int, int]]:
+        possible = candidates(draft.scores)
+        if len(possible) < 2:
+            return possible
+        ids = [int(answer[posts.ID]) for answer in draft.answers]
+        return draw(self.partition.site, draft.qid, ids, possible, self.partition.max_pairs)
+
+
+def _turns(drafts: list[_Draft]) -> Iterator[list[_Draft]]:
+    """Some questions at a time."""
+    turn: list[_Draft] = []
+    size = 0
+    for draft in drafts:
+        turn.append(draft)
+        size += len(draft.row[posts.BODY]) + sum([len(answer[posts.BODY]) for answer in draft.answers])
+        if size > TURN_BYTES:
+            yield turn
+            turn, size = [], 0
+    yield turn
 
 
 class _Maker:
     """Makes the records of one partition."""
 
-    def __init__(self, partition: Partition, names: dict[int, str], clusters: dict[int, int], counts: Counter[str]) -> None:
-        self.partition, self.names, self.clusters, self.counts = partition, names, clusters, counts
-        self.base = f"https://{posts.host_of(partition.site)}"
+    def __init__(self, partition: Partition, chooser: _Chooser, names: dict[int, str], counts: Counter[str]) -> None:
+        self.partition, self.chooser, self.names, self.counts = partition, chooser, names, counts
+        self.contamination = contamination.open_sets(partition.contamination) if partition.contamination else None
+        self._licences: dict[bytes, str] = {}
 
-    def record(self, question: Post, answers: list[Post]) -> dict[str, Any] | None:
+    def records(self, drafts: list[_Draft]) -> Iterator[dict[str, Any]]:
+        bodies = iter(posts.unescape_all([row[posts.BODY] for draft in drafts for row in (draft.row, *draft.answers)]))
+        for draft in drafts:
+            record = self._record(draft, next(bodies), [next(bodies) for _ in draft.answers])
+            if record is not None:
+                yield record
+
+    def _record(self, draft: _Draft, html: str, htmls: list[str]) -> dict[str, Any] | None:
         """One row of `questions`; None when the question, or every answer to it, has no text."""
-        partition, site = self.partition, self.partition.site
-        text = "\n\n".join(part for part in (question.title, self.markdown(question.html)) if part)
-        if not text:
-            self.counts["questions without text"] += 1
+        texts = [self._markdown(html) for html in htmls]
+        if not all(texts):
+            draft, texts = self._with_text(draft, texts)
+        title = posts.unescape(draft.row[posts.TITLE]).strip()
+        body = self._markdown(html)
+        text = f"{title}\n\n{body}" if title and body else title or body
+        if not text or not texts:
+            self.counts["questions without text" if not text else "unanswered"] += 1
             return None
-        kept = []
-        for answer in answers:
-            body = self.markdown(answer.html)
-            if not body:
-                self.counts["answers without text"] += 1
-                continue
-            selected = answer.id == question.accepted
-            kept.append(
-                {
-                    "answer_id": answer.id,
-                    "text": body,
-                    "pm_score": posts.pm_score(answer.votes, selected),
-                    "votes": answer.votes,
-                    "selected": selected,
-                    **self.credit(answer),
-                    "created": answer.created,
-                }
-            )
-        if not kept:
-            self.counts["unanswered"] += 1
+        pairs = self.chooser.draw(draft) if draft.pairs is None else draft.pairs
+        if self.chooser.paired and not pairs:
+            self.counts["without a pair"] += 1
             return None
-        root = self.clusters.get(question.id, question.id)
-        split = split_of(site, root, partition.shares)
-        pairs = choose_pairs(site, question.id, [(a["answer_id"], a["pm_score"]) for a in kept], partition.max_pairs)
-        url, credit = f"{self.base}/questions/{question.id}", self.credit(question)
-        self._count(split, kept, pairs)
+        row, (site, root) = draft.row, self.chooser.root(draft.qid)
         return {
-            "site": site,
-            "qid": question.id,
-            "title": question.title,
+            "qid": draft.qid,
+            "title": title,
             "question": text,
-            "split": split,
+            "split": split_of(site, root, self.partition.shares),
             "cluster": root,
-            "answers": kept,
-            "pairs": [{"j": j, "k": k} for j, k in pairs],
-            "tags": question.tags,
-            "votes": question.votes,
-            "views": question.views,
-            "created": question.created,
-            "date": question.created.strftime("%Y/%m/%d"),
-            "url": url,
-            "metadata": [url, self.base, credit["author_profile"] or ""],
-            **credit,
-            "dump_date": partition.dump_date,
+            "cluster_site": site,
+            "answer_ids": [answer[posts.ID] for answer in draft.answers],
+            "texts": texts,
+            "pm_scores": draft.scores,
+            "answer_votes": draft.votes,
+            "selected": draft.selected,
+            "credits": [self._credit(answer) for answer in draft.answers],
+            "answers_created": [answer[posts.CREATED] for answer in draft.answers],
+            "pairs": pairs,
+            "tags": posts.split_tags(row[posts.TAGS]),
+            "votes": int(row[posts.SCORE]),
+            "views": int(row[posts.VIEWS]) if row[posts.VIEWS] else None,
+            "created": row[posts.CREATED],
+            "credit": self._credit(row),
+            "contaminated": self.contamination is not None and any(map(self.contamination.contaminated, (text, *texts))),
         }
 
-    def markdown(self, html: str) -> str:
+    def _with_text(self, draft: _Draft, texts: list[str]) -> tuple[_Draft, list[str]]:
+        """Without the answers that have no text. Pairs that were drawn with one are drawn anew, as if it had not been there."""
+        if draft.everything is not None:
+            draft = draft.everything
+            texts = [self._markdown(html) for html in posts.unescape_all([answer[posts.BODY] for answer in draft.answers])]
+        kept = [place for place, text in enumerate(texts) if text]
+        self.counts["answers without text"] += len(texts) - len(kept)
+        draft = draft.of(kept, None)
+        texts = [texts[place] for place in kept]
+        if not self.chooser.paired:
+            return draft, texts
+        by_id = {answer[posts.ID]: text for answer, text in zip(draft.answers, texts, strict=True)}
+        draft = self.chooser.in_pairs(draft)
+        return draft, [by_id[answer[posts.ID]] for answer in draft.answers]
+
+    def _markdown(self, html: str) -> str:
         text, fell_back = convert(html, self.partition.converter)
         self.counts["bodies"] += 1
-        self.counts["bodies by markdownify"] += fell_back
+        if fell_back:
+            self.counts["bodies by markdownify"] += 1
         return text.strip()
 
-    def credit(self, post: Post) -> dict[str, Any]:
-        """Whom to name for a post, and under which licence."""
-        self.counts[f"licence {post.licence}"] += 1
-        user = post.author_id
-        return {
-            "author": (None if user is None else self.names.get(user)) or post.author,
-            "author_id": user,
-            "author_profile": None if user is None else f"{self.base}/users/{user}",
-            "licence": post.licence,
-        }
-
-    def _count(self, split: str, answers: list[dict[str, Any]], pairs: list[tuple[int, int]]) -> None:
-        """Counts of a split; a baseline's wins are counted double, so that a tie is one."""
-        counts = self.counts
-        counts[f"{split} questions"] += 1
-        counts[f"{split} answers"] += len(answers)
-        counts[f"{split} questions with pairs"] += bool(pairs)
-        counts[f"{split} pairs"] += len(pairs)
-        if not pairs:
-            return
-        marks = [markup(answer["text"]) for answer in answers]
-        for j, k in pairs:
-            chosen, rejected = answers[j], answers[k]
-            counts[f"{split} longer"] += _wins(len(chosen["text"]), len(rejected["text"]))
-            counts[f"{split} earlier"] += _wins(rejected["created"], chosen["created"])
-            counts[f"{split} more markup"] += _wins(marks[j], marks[k])
-            counts[f"gap {min(chosen['pm_score'] - rejected['pm_score'], 5)}"] += 1
-
-
-def _wins(chosen: Any, rejected: Any) -> int:
-    return 2 if chosen > rejected else 1 if chosen == rejected else 0
+    def _credit(self, row: Values) -> tuple[str | None, int | None, str]:
+        """Whom to name for a post, and under which licence: name, id, licence."""
+        licence = self._licences.get(row[posts.LICENCE]) if row[posts.LICENCE] else posts.licence_of(row[posts.CREATED])
+        if licence is None:
+            licence = self._licences[row[posts.LICENCE]] = posts.unescape(row[posts.LICENCE])
+        number = int(row[posts.OWNER]) if row[posts.OWNER] else None
+        name = None if number is None else self.names.get(number)
+        return name or posts.unescape(row[posts.OWNER_NAME]) or None, number, licence

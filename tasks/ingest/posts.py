@@ -1,9 +1,9 @@
 """The tables of a dump that ingest reads, and what the attributes of a post mean."""
 
-import datetime
 import math
 import re
-from typing import NamedTuple
+
+import numpy as np
 
 from tasks.ingest.rows import MOMENT, NUMBER, SMALL_NUMBER, TEXT, Field, Layout
 
@@ -36,8 +36,8 @@ POSTS = Layout(
         Field("ContentLicense", TEXT),
     ),
 )
-# The groups of POSTS.strict.
-ID, KIND, ACCEPTED, PARENT, CREATED, SCORE, VIEWS, BODY, OWNER, OWNER_NAME, ACTIVE, TITLE, TAGS, LICENCE = range(1, 15)
+# Places in the values of POSTS.
+ID, KIND, ACCEPTED, PARENT, CREATED, SCORE, VIEWS, BODY, OWNER, OWNER_NAME, ACTIVE, TITLE, TAGS, LICENCE = range(14)
 
 USERS = Layout(
     "users",
@@ -66,7 +66,7 @@ DUPLICATE_LINK = b"3"
 FABRICATED_FROM = 1_000_000_000
 """Post ids from here on are the rows that were slipped into the dumps of June 2025; real ids are below 10^8."""
 
-LICENCE_UNTIL = ((datetime.date(2011, 4, 8), "CC BY-SA 2.5"), (datetime.date(2018, 5, 2), "CC BY-SA 3.0"))
+LICENCE_UNTIL = ((b"2011-04-08", "CC BY-SA 2.5"), (b"2018-05-02", "CC BY-SA 3.0"))
 CURRENT_LICENCE = "CC BY-SA 4.0"
 LICENCE_URLS = {f"CC BY-SA {v}": f"https://creativecommons.org/licenses/by-sa/{v}/" for v in ("2.5", "3.0", "4.0")}
 
@@ -81,72 +81,66 @@ HOSTS = {
 }
 
 
-class Post(NamedTuple):
-    """A question or an answer, with its body still as HTML."""
-
-    id: int
-    created: datetime.datetime
-    votes: int
-    html: str
-    accepted: int | None
-    views: int | None
-    title: str
-    tags: list[str]
-    licence: str
-    author_id: int | None
-    author: str | None
-    """The name in the row itself: of authors whose account is gone."""
+def moment(value: bytes) -> bytes:
+    """A date and time in UTC to the millisecond, such as 2014-01-21T20:26:05.383, from one with or without fractions and Z."""
+    text, _, fraction = value.removesuffix(b"Z").partition(b".")
+    return text + b"." + fraction[:3].ljust(3, b"0")
 
 
-def parse_post(match: re.Match[bytes]) -> Post:
-    """From a row in strict form, as the scanner accepted it."""
-    group = match.group
-    created = parse_moment(group(CREATED))
-    return Post(
-        id=int(group(ID)),
-        created=created,
-        votes=int(group(SCORE)),
-        html=unescape(group(BODY)),
-        accepted=_number(group(ACCEPTED)),
-        views=_number(group(VIEWS)),
-        title=unescape(group(TITLE)).strip(),
-        tags=split_tags(unescape(group(TAGS))) if group(TAGS) else [],
-        licence=unescape(group(LICENCE)) or licence_of(created.date()),
-        author_id=_number(group(OWNER)),
-        author=unescape(group(OWNER_NAME)) or None,
-    )
-
-
-def _number(value: bytes | None) -> int | None:
-    return int(value) if value else None
-
-
-def parse_moment(value: bytes) -> datetime.datetime:
-    """`2014-01-21T20:26:05.383` in UTC; ValueError for a day that no calendar has."""
-    return datetime.datetime.fromisoformat((value if value.endswith(b"Z") else value + b"Z").decode())
+_REFERENCE = re.compile(r"&(?:(lt|gt|quot|amp|apos)|#([0-9]+)|#x([0-9a-fA-F]+));")
+_NAMED = {"lt": "<", "gt": ">", "quot": '"', "amp": "&", "apos": "'"}
 
 
 def unescape(value: bytes | None) -> str:
-    """XML's five entities and character references; `&amp;` last, so that what it makes is not read again."""
+    """XML's five entities and character references; anything else that looks like one stays as it is."""
     if not value:
         return ""
     text = value.decode()
     if "&" not in text:
         return text
-    text = text.replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", '"').replace("&#xA;", "\n").replace("&apos;", "'")
-    if "&#" in text:
-        text = re.sub(r"&#(?:x([0-9a-fA-F]+)|([0-9]+));", lambda m: chr(int(m[1], 16) if m[1] else int(m[2])), text)
-    return text.replace("&amp;", "&")
+    return _REFERENCE.sub(lambda m: _NAMED[m[1]] if m[1] else chr(int(m[2]) if m[2] else int(m[3], 16)), text)
 
 
-def split_tags(tags: str) -> list[str]:
-    """`<a><b>` until 2023, `|a|b|` since 2024."""
-    return [tag for tag in re.split(r"[<>|]+", tags) if tag]
+_BETWEEN = b"\x1e"  # no control character is left in a row
+_COMMON = ((b"lt;", "<"), (b"gt;", ">"), (b"#xA;", "\n"), (b"quot;", '"'), (b"amp;", "&"), (b"#xD;", "\r"), (b"apos;", "'"))
 
 
-def licence_of(day: datetime.date) -> str:
+def unescape_all(values: list[bytes]) -> list[str]:
+    """What `unescape` gives for each. numpy reads the frequent references of many values at once, a third as fast alone."""
+    if not values:
+        return []
+    text = np.frombuffer(_BETWEEN.join(values) + b"     ", np.uint8)  # so that every reference has five bytes behind it
+    at = np.flatnonzero(text == ord("&"))
+    code = (text[at + 1].astype(np.uint32) << 16) | (text[at + 2].astype(np.uint32) << 8) | text[at + 3]
+    out, keep = text.copy(), np.ones(len(text), bool)
+    keep[-5:] = False
+    read = 0
+    for reference, character in _COMMON:
+        found = at[code == int.from_bytes(reference[:3], "big")]
+        for place in range(3, len(reference)):  # `&quo` may be no reference
+            found = found[text[found + 1 + place] == reference[place]]
+        read += len(found)
+        out[found] = ord(character)
+        for place in range(len(reference)):
+            keep[found + 1 + place] = False
+    plain = out[keep].tobytes().split(_BETWEEN)
+    if read == len(at):
+        return [value.decode() for value in plain]
+    rare = re.compile(rb"&(?!(?:lt|gt|#xA|quot|amp|#xD|apos);)")
+    return [unescape(value) if rare.search(value) else one.decode() for value, one in zip(values, plain, strict=True)]
+
+
+def split_tags(tags: bytes) -> list[str]:
+    """`<a><b>` until 2023, `|a|b|` since 2024; still escaped."""
+    return [tag for tag in re.split(r"[<>|]+", unescape(tags)) if tag] if tags else []
+
+
+def licence_of(created: bytes) -> str:
     """What applied to a post of that day, for dumps without ContentLicense (before 2020)."""
-    return next((name for until, name in LICENCE_UNTIL if day < until), CURRENT_LICENCE)
+    return next((name for until, name in LICENCE_UNTIL if created < until), CURRENT_LICENCE)
+
+
+LOGARITHMS = [round(math.log2(1 + votes)) for votes in range(1000)]
 
 
 def pm_score(votes: int, accepted: bool) -> int:
@@ -156,7 +150,7 @@ def pm_score(votes: int, accepted: bool) -> int:
     """
     if votes < 0:
         return -1
-    return round(math.log2(1 + votes)) + accepted
+    return (LOGARITHMS[votes] if votes < len(LOGARITHMS) else round(math.log2(1 + votes))) + accepted
 
 
 def host_of(site: str) -> str:

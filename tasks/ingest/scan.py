@@ -1,178 +1,284 @@
-"""Stage one: every row of a site's tables, once, in any order: questions and answers into partitions, names into the index."""
+"""Stage one: every row of a table, once, block by block, in any order and in any process.
 
-import datetime
+A block is a stretch of whole lines: a range of bytes where the table is a plain file, the bytes themselves where they come out of
+a stream. What a block gives lies in a scratch folder of its own, whole when it has its name, so that a run that was killed goes on
+behind the blocks that were finished.
+"""
+
+import gc
 import hashlib
-import re
+import json
+import shutil
+import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from tasks.ingest import posts, sources
-from tasks.ingest.index import Index
-from tasks.ingest.partitions import Spill, count_partitions
-from tasks.ingest.rows import Bad, RowScanner
-from tasks.ingest.writer import QUARANTINE, open_parquet
+from tasks.ingest import posts
+from tasks.ingest.partitions import Spill
+from tasks.ingest.rows import Bad, RowScanner, Values
+from tasks.ingest.writer import QUARANTINE
 
-OTHER_KINDS = {3: "orphaned tag wiki", 4: "tag wiki excerpt", 5: "tag wiki", 6: "moderator nomination", 7: "wiki placeholder",
-               8: "privilege wiki"}  # fmt: skip
+if TYPE_CHECKING:
+    from tasks.ingest import sources
+
+LAYOUTS = {"posts": posts.POSTS, "users": posts.USERS, "postlinks": posts.POSTLINKS}
+READ = 2_000_000  # bytes of a range in memory at once
 QUARANTINE_ROWS = 200  # held before they are written
+DONE = "done.json"
 
 
-class Quarantine:
-    """The rows that could not be read, in the artifact, so that anyone can see what is missing."""
+@dataclass(frozen=True)
+class Block:
+    """What a worker needs to scan a stretch of a table."""
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._writer = open_parquet(path, QUARANTINE)
-        self._rows: list[dict[str, Any]] = []
-        self.count = 0
-
-    def add(self, site: str, file: str, bad: Bad) -> None:
-        self._rows.append({"site": site, "file": file, **asdict(bad)})
-        self.count += 1
-        if len(self._rows) >= QUARANTINE_ROWS:
-            self._flush()
-
-    def close(self) -> None:
-        if self._rows or not self.count:
-            self._flush()
-        self._writer.close()
-
-    def _flush(self) -> None:
-        self._writer.write_table(pa.Table.from_pylist(self._rows, schema=QUARANTINE))
-        self._rows = []
+    site: str
+    table: str
+    number: int
+    folder: Path
+    """For what comes out; is not there before it is whole."""
+    name: str
+    """Of the table, as people know it: beer.stackexchange.com.7z/Posts.xml"""
+    partitions: int
+    pack: bool
+    begins: int = 0
+    """Offset of the first byte."""
+    path: str = ""
+    ends: int = 0
+    """A range of a plain file; else `data`, or the whole `file`."""
+    data: bytes | None = None
+    file: "sources.File | None" = None
+    last: bool = False
+    """Whether the table ends with this block."""
 
 
 @dataclass
-class TableCount:
-    """What became of a table's rows: rows == used + quarantined."""
+class Scanned:
+    """What became of a block's rows: rows == used + quarantined. Everything else is in its folder."""
 
-    file: str
+    table: str
+    number: int
+    folder: Path
+    size: int = 0  # bytes
+    lines: int = 0
     rows: int = 0
     repaired: int = 0
     quarantined: int = 0
     first_bad: Bad | None = None
     cut: str | None = None
-    """Where and how the file ends too early."""
-
-
-@dataclass
-class Scanned:
-    """A site, ready for the second stage."""
-
-    site: sources.Site
-    spill: Spill
-    index: Path
-    tables: dict[str, TableCount]
-    counts: Counter[str] = field(default_factory=Counter)
-    """questions, answers, other; of the other: each kind, fabricated; of the answers: without a question's id."""
+    """Where and how the table ends too early."""
+    awkward: bool = False
+    """The next block does not begin where this one ends: a comment or a row goes across. The table is to be read in one piece."""
     newest: str = ""
-    """Day of the last activity."""
+    """Of posts, the day of the last activity."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """questions, answers, other; of the other: each kind, fabricated; of the answers: those without a question's id."""
 
 
-def scan(site: sources.Site, scratch: Path, quarantine: Quarantine, tell: Callable[[int], None]) -> Scanned:
-    """Read all tables of a site. `tell` gets the bytes of every chunk."""
-    index_path = scratch / f"{site.name}.sqlite"
-    index = Index(index_path)
-    spill = Spill(scratch / site.name, site.name, count_partitions(sum(f.unpacked for f in site.files if "posts" in f.tables)))
-    result = Scanned(site, spill, index_path, {})
-    posts_reader = _Posts(result, index)
-    readers: dict[str, Callable[[bytes, re.Match[bytes]], str | None]] = {
-        "posts": posts_reader.accept,
-        "users": _Users(index).accept,
-        "postlinks": _PostLinks(index).accept,
-    }
-    layouts = {"posts": posts.POSTS, "users": posts.USERS, "postlinks": posts.POSTLINKS}
-    for file in site.files:
-        scanners: dict[str, RowScanner] = {}
-        for table, name in sources.inside(file):
-            scanners[table] = RowScanner(layouts[table], name, readers[table], partial(quarantine.add, site.name, name))
+def scan(block: Block) -> Scanned:
+    """Read a block: rows into partitions, names, links and digests of texts into files, what cannot be read into quarantine."""
+    collecting = gc.isenabled()
+    gc.disable()  # a million short-lived objects, and no cycles among them
+    work = block.folder.with_name(f"{block.folder.name}.{uuid.uuid4().hex}.tmp")
+    work.mkdir(parents=True)
+    try:
+        result = _scan(block, work)
+        kept = vars(result) | {"folder": "", "first_bad": result.first_bad and {**asdict(result.first_bad), "raw": ""}}
+        (work / DONE).write_text(json.dumps(kept))
+        try:
+            work.rename(block.folder)
+        except OSError:  # another process of the same run was first, with the same
+            if not (block.folder / DONE).exists():
+                raise
+        return result
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        if collecting:
+            gc.enable()
 
-        def feed(table: str, chunk: bytes, scanners: dict[str, RowScanner] = scanners) -> None:
-            scanners[table].feed(chunk)
-            tell(len(chunk))
 
-        early = sources.read(file, feed)
-        for table, name in sources.inside(file):
-            scanner = scanners[table]
-            scanner.close()
-            cut = early
-            if cut is None and scanner.cut is not None:
-                cut = f"it ends at byte {scanner.cut} without </{table}>"
-            result.tables[table] = TableCount(name, scanner.rows, scanner.repaired, scanner.quarantined, scanner.first_bad, cut)
-    spill.flush()
-    result.newest = posts_reader.newest
-    result.counts["clustered"] = index.close()
+def finished(block: Block) -> Scanned | None:
+    """What an earlier run left of this block."""
+    try:
+        kept = json.loads((block.folder / DONE).read_text())
+    except (OSError, ValueError):
+        return None
+    bad = kept["first_bad"]
+    return Scanned(
+        **{
+            **kept,
+            "folder": block.folder,
+            "first_bad": bad and Bad(**{**bad, "raw": b""}),
+            "counts": Counter(kept["counts"]),
+        }
+    )
+
+
+def _scan(block: Block, work: Path) -> Scanned:
+    result = Scanned(block.table, block.number, block.folder)
+    readers: dict[str, type[_Posts | _Users | _PostLinks]] = {"posts": _Posts, "users": _Users, "postlinks": _PostLinks}
+    reader = readers[block.table](block, work, result)
+    quarantine = _Quarantine(work / "quarantine.arrow", block)
+    begins = None if block.file else block.begins
+    scanner = RowScanner(LAYOUTS[block.table], block.name, reader.accept, quarantine.add, begins)
+    early = None
+    if block.file:
+        from tasks.ingest import sources  # most workers do without what that loads
+
+        early = sources.read(block.file, lambda table, chunk: scanner.feed(chunk) if table == block.table else None)
+    elif block.data is not None:
+        scanner.feed(block.data)
+    else:
+        with open(block.path, "rb") as file:
+            file.seek(block.begins)
+            left = block.ends - block.begins
+            while left and (chunk := file.read(min(READ, left))):
+                left -= len(chunk)
+                scanner.feed(chunk)
+    if block.last or block.file:
+        scanner.close()
+        result.cut = early
+        if early is None and scanner.cut is not None:
+            result.cut = f"it ends at byte {scanner.cut} without </{block.table}>"
+    else:
+        result.awkward = not scanner.pause()
+    quarantine.close()
+    reader.close()
+    result.size = len(block.data) if block.data is not None else block.ends - block.begins
+    result.lines, result.rows, result.repaired = scanner.lines, scanner.rows, scanner.repaired
+    result.quarantined, result.first_bad = scanner.quarantined, scanner.first_bad
     return result
 
 
+class _Quarantine:
+    """The rows of a block that could not be read; lines are counted from the block's first."""
+
+    def __init__(self, path: Path, block: Block) -> None:
+        self._path, self._where = path, {"site": block.site, "file": block.name}
+        self._writer: pa.ipc.RecordBatchStreamWriter | None = None
+        self._rows: list[dict[str, Any]] = []
+
+    def add(self, bad: Bad) -> None:
+        self._rows.append({**self._where, **asdict(bad)})
+        if len(self._rows) >= QUARANTINE_ROWS:
+            self._flush()
+
+    def close(self) -> None:
+        if self._rows:
+            self._flush()
+        if self._writer:
+            self._writer.close()
+
+    def _flush(self) -> None:
+        self._writer = self._writer or pa.ipc.new_stream(self._path, QUARANTINE)
+        self._writer.write_batch(pa.RecordBatch.from_pylist(self._rows, schema=QUARANTINE))
+        self._rows = []
+
+
+def quarantined(folder: Path) -> Iterator[pa.RecordBatch]:
+    """The rows of a block's quarantine."""
+    if (folder / "quarantine.arrow").exists():
+        with pa.ipc.open_stream(folder / "quarantine.arrow") as stream:
+            yield from stream
+
+
 class _Posts:
-    def __init__(self, result: Scanned, index: Index) -> None:
-        self._counts, self._index, self._add = result.counts, index, result.spill.add
-        self._newest = b""
+    def __init__(self, block: Block, work: Path, result: Scanned) -> None:
+        self._spill = Spill(work, block.site, block.partitions, block.pack)
+        self._texts, self._path, self._result = bytearray(), work / "texts", result
+        self.accept = self._accepting(result)
 
-    @property
-    def newest(self) -> str:
-        """Day of the last activity, such as 2020-05-31."""
-        return self._newest.decode()
+    def close(self) -> None:
+        self._spill.close()
+        self._path.write_bytes(self._texts)
 
-    def accept(self, line: bytes, match: re.Match[bytes]) -> str | None:
-        kind, number = match[posts.KIND], int(match[posts.ID])
-        question = kind == posts.QUESTION
-        if number >= posts.FABRICATED_FROM:
-            self._counts["other"] += 1
-            self._counts["fabricated"] += 1
+    def _accepting(self, result: Scanned) -> Callable[[Values], str | None]:
+        """A closure, because it is called for every row of a dump."""
+        counts, add, texts = result.counts, self._spill.add, self._texts
+        days: set[bytes] = set()
+
+        def accept(values: Values) -> str | None:
+            number, kind, _, parent, created, score, _, body, _, _, active, title, _, _ = values
+            question = kind == posts.QUESTION
+            if (question or kind == posts.ANSWER) and (len(number) < 10 or int(number) < posts.FABRICATED_FROM):
+                if not created:
+                    return "no CreationDate"
+                if not score:
+                    return "no Score"
+                day = created[:10]
+                if day not in days or (active[:10] not in days and active):
+                    if not (_is_day(day) and (not active or _is_day(active[:10]))):
+                        return f"a date that no calendar has: {created.decode()} {active.decode()}".rstrip()
+                    days.add(day)
+                    if active:
+                        days.add(active[:10])
+                    result.newest = max(result.newest, day.decode(), active[:10].decode())
+                if question:
+                    counts["questions"] += 1
+                    qid = int(number)
+                    add(qid, values)
+                    if title or body:
+                        text = title + b'"' + body
+                        if b">" in text or b"&apos;" in text or text.count(b"&#") != text.count(b"&#xA;"):
+                            text = _spelled_as_usual(title) + b'"' + _spelled_as_usual(body)
+                        digest = hashlib.blake2b(text, digest_size=16).digest()
+                        texts.extend(digest + qid.to_bytes(8, "little", signed=True))
+                else:
+                    counts["answers"] += 1
+                    if parent:
+                        add(int(parent), values)
+                    else:
+                        counts["orphans"] += 1
+                return None
+            counts["other"] += 1
+            counts["fabricated" if int(number) >= posts.FABRICATED_FROM else f"kind {int(kind)}"] += 1
             return None
-        if not question and kind != posts.ANSWER:
-            self._counts["other"] += 1
-            self._counts[f"kind {int(kind)}"] += 1
-            return None
-        if not match[posts.CREATED]:
-            return "no CreationDate"
-        if not match[posts.SCORE]:
-            return "no Score"
-        created, active = match[posts.CREATED], match[posts.ACTIVE] or b""
-        try:
-            posts.parse_moment(created)
-            day = max(created[:10], active[:10])
-            if day > self._newest:
-                datetime.date.fromisoformat(day.decode())
-                self._newest = day
-        except ValueError:
-            return f"a date that no calendar has: {created.decode()} {active.decode()}".rstrip()
-        if question:
-            self._counts["questions"] += 1
-            title, body = match[posts.TITLE] or b"", match[posts.BODY] or b""
-            self._add(number, line)
-            if title or body:
-                self._index.add_text(hashlib.blake2b(title + b'"' + body, digest_size=16).digest(), number)
-            return None
-        self._counts["answers"] += 1
-        if match[posts.PARENT]:
-            self._add(int(match[posts.PARENT]), line)
-        else:
-            self._counts["orphans"] += 1
-        return None
+
+        return accept
+
+
+def _spelled_as_usual(value: bytes) -> bytes:
+    """The one spelling of a text that dumps use: `>` and `'` can be written in several ways, and any character as a number."""
+    text = posts.unescape(value).encode()
+    for character, reference in ((b"&", b"&amp;"), (b"<", b"&lt;"), (b">", b"&gt;"), (b'"', b"&quot;"), (b"\n", b"&#xA;")):
+        text = text.replace(character, reference)
+    return text
+
+
+def _is_day(day: bytes) -> bool:
+    try:
+        date.fromisoformat(day.decode())
+    except ValueError:
+        return False
+    return True
 
 
 class _Users:
-    def __init__(self, index: Index) -> None:
-        self._index = index
+    def __init__(self, block: Block, work: Path, result: Scanned) -> None:
+        self._path = work / "names.json"
+        self._names: list[tuple[int, str]] = []
 
-    def accept(self, line: bytes, match: re.Match[bytes]) -> None:
-        if name := posts.unescape(match[2]).strip():
-            self._index.add_user(int(match[1]), " ".join(name.split()))
+    def accept(self, values: Values) -> None:
+        if name := " ".join(posts.unescape(values[1]).split()):
+            self._names.append((int(values[0]), name))
+
+    def close(self) -> None:
+        self._path.write_text(json.dumps(self._names))
 
 
 class _PostLinks:
-    def __init__(self, index: Index) -> None:
-        self._index = index
+    def __init__(self, block: Block, work: Path, result: Scanned) -> None:
+        self._links, self._path = bytearray(), work / "links"
 
-    def accept(self, line: bytes, match: re.Match[bytes]) -> None:
-        if match[4] == posts.DUPLICATE_LINK:
-            self._index.add_link(int(match[2]), int(match[3]))
+    def accept(self, values: Values) -> None:
+        _, post, related, kind = values
+        if kind == posts.DUPLICATE_LINK:
+            self._links += int(post).to_bytes(8, "little", signed=True) + int(related).to_bytes(8, "little", signed=True)
+
+    def close(self) -> None:
+        self._path.write_bytes(self._links)

@@ -11,7 +11,7 @@ from tasks.ingest.identity import digest
 from tasks.progress import Progress
 from tasks.task import Execution, conduct, step_task
 
-VERSION = 1
+VERSION = 2
 
 
 def identify(config: IngestConfig) -> Identity:
@@ -25,6 +25,9 @@ def ingest(config: IngestConfig, execution: Execution) -> State[Artifact]:
     def produce(_: dict[str, Path], out: Path, progress: Progress) -> dict[str, Any]:
         from tasks.ingest.ingest import ingest
 
-        return ingest(config, out=out, compute=execution.compute, progress=progress)
+        # Beside the attempt, which a kill leaves to be removed: its scratch files are for the next one.
+        kept = out.parents[1] / f"{identity.key}.scratch"
+        return ingest(config, out=out, compute=execution.compute, progress=progress, kept=kept)
 
-    return conduct(identify(config), {}, produce, execution, external=lambda: digest(config))
+    identity = identify(config)
+    return conduct(identity, {}, produce, execution, external=lambda: digest(config))

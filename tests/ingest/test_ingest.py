@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tasks.compute import Compute
+from tasks.ingest import engines, writer
 from tasks.ingest import ingest as step
-from tasks.ingest import partitions, writer
 from tasks.ingest.config import IngestConfig
 from tasks.ingest.dataset import best_answer, iter_questions
 from tasks.ingest.posts import pm_score
@@ -162,10 +162,11 @@ def test_the_same_bytes_whatever_the_order_of_rows_the_partitions_and_the_worker
     other, _ = site.ingest(site.write(shuffled, "b/wood.test.xml"))
     assert digests(other) == expected
     for size in (2_000, 9_000):
-        monkeypatch.setattr(partitions, "PARTITION_BYTES", size)
+        monkeypatch.setattr(step, "PARTITION_BYTES", (size, size, 100))
+        monkeypatch.setattr(step, "BLOCK_BYTES", (size, size, 100))
         many, _ = site.ingest(site.tmp / "b/wood.test.xml")
         assert digests(many) == expected
-    monkeypatch.setattr(step, "POOL_BYTES", 0)
+    monkeypatch.setattr(engines, "POOL_BYTES", 0)
     two, _ = site.ingest(site.tmp / "a/wood.test.xml", workers=2)
     assert digests(two) == expected
     assert [p.name for p in site.tmp.iterdir() if "scratch" in p.name] == []
@@ -176,7 +177,7 @@ def test_row_groups_and_files_do_not_show_the_partitions(site, monkeypatch):
     monkeypatch.setattr(writer, "GROUP_BYTES", 150)
     monkeypatch.setattr(writer, "GROUPS_PER_FILE", 3)
     one, _ = site.ingest(path)
-    monkeypatch.setattr(partitions, "PARTITION_BYTES", 3_000)
+    monkeypatch.setattr(step, "PARTITION_BYTES", (3_000, 3_000, 100))
     many, _ = site.ingest(path)
     assert digests(many) == digests(one)
     parts = sorted(one.glob("questions/site=wood.test/split=sft/*.parquet"))
@@ -397,9 +398,113 @@ def test_the_page_about_the_data_names_every_column():
 
 
 def test_workers_are_counted_from_the_machine_where_none_are_given(site, monkeypatch):
-    monkeypatch.setattr(step, "cores", lambda: 1)
-    monkeypatch.setattr(step, "POOL_BYTES", 0)
+    monkeypatch.setattr(engines, "cores", lambda: 1)
+    monkeypatch.setattr(engines, "POOL_BYTES", 0)
     out = site.tmp / "out"
     out.mkdir()
     config = IngestConfig(dump=(str(site.write(site.plain(9))),))
     assert step.ingest(config, out=out, compute=Compute(), progress=Progress("ingest"))["questions"] == 9
+
+
+def test_paired_questions_have_the_same_pairs_and_nothing_else(site):
+    rows = [*site.plain(60), site.question(5000), site.answer(5001, 5000, score=3)]
+    rows += [site.question(6000), *(site.answer(6000 + n, 6000, score=2**n) for n in range(1, 9))]  # more pairs than are drawn
+    rows += [
+        site.question(7000),
+        site.answer(7001, 7000, score=1, body=""),
+        *(site.answer(7000 + n, 7000, score=n) for n in (2, 7)),
+    ]
+    path = site.write(rows)
+    answered, _ = site.ingest(path)
+    paired, metrics = site.ingest(path, questions="paired")
+    key = lambda p: (p["qid"], p["pair_index"])
+    assert sorted(site.read(paired, "pairs"), key=key) == sorted(site.read(answered, "pairs"), key=key)
+    questions = {q["qid"]: q for q in site.read(paired, "questions")}
+    assert 5000 not in questions
+    assert 7001 not in {a["answer_id"] for q in questions.values() for a in q["answers"]}
+    for q in questions.values():
+        used = {p[side] for p in q["pairs"] for side in ("j", "k")}
+        assert used == set(range(len(q["answers"])))
+    assert card(paired)["left_out"]["questions without a pair"] == 63 - metrics["questions"]
+
+
+def test_a_site_of_half_weight_keeps_some_of_the_questions_that_it_keeps_whole(site):
+    path = site.write(site.plain(80))
+    whole, _ = site.ingest(path)
+    half, metrics = site.ingest(path, weights={"wood.test": 0.5})
+    every = {q["qid"]: q for q in site.read(whole, "questions")}
+    kept = {q["qid"]: q for q in site.read(half, "questions")}
+    assert 20 < len(kept) < 60
+    assert kept.items() <= every.items()
+    assert card(half)["left_out"]["questions left out by ingest.weights"] == 80 - len(kept) == 80 - metrics["questions"]
+    with pytest.raises(ValueError, match=r"wod.test.*did you mean wood.test"):
+        site.ingest(path, weights={"wod.test": 0.5})
+
+
+def test_one_text_on_two_sites_stands_in_one_split(site):
+    rows = [r.replace("Question", "Of iron") for r in site.plain(40)]
+    first = site.write(rows, "iron.test.xml")
+    own = [r for n in range(5000, 5200, 10) for r in (site.question(n, Title="Of steel"), site.answer(n + 1, n, score=1))]
+    second = site.write([*rows, *own], "steel.test.xml")
+    out, _ = site.ingest(first, second)
+    split = {(q["site"], q["qid"]): (q["split"], q["cluster_site"], q["cluster"]) for q in site.read(out, "questions")}
+    assert all(
+        split["steel.test", n] == split["iron.test", n] == (split["iron.test", n][0], "iron.test", n) for n in range(10, 401, 10)
+    )
+    assert {place[1:] for (_, n), place in split.items() if n >= 5000} == {("steel.test", 5000)}  # its own have one text
+
+
+def test_of_near_duplicates_the_one_with_most_votes_is_kept(site):
+    pytest.importorskip("datasketch")
+    words = " ".join(f"word{n}" for n in range(80))
+    rows = site.plain(40)
+    for n, votes in ((5000, 3), (6000, 9), (7000, 1)):
+        rows += [
+            site.question(n, score=votes, Title=words + f" last{n}"),
+            site.answer(n + 1, n, score=1),
+            site.answer(n + 2, n, score=5),
+        ]
+    out, metrics = site.ingest(site.write(rows), near_duplicates=0.7)
+    kept = {q["qid"] for q in site.read(out, "questions")}
+    assert kept & {5000, 6000, 7000} == {6000}
+    assert card(out)["left_out"]["questions with a near-duplicate"] == 43 - metrics["questions"] >= 2
+    assert {p["qid"] for p in site.read(out, "pairs")} <= kept
+    assert card(out)["total"]["pairs"] == len(site.read(out, "pairs"))
+
+
+def test_what_stands_in_an_evaluation_set_is_marked_and_not_learnt_from(site):
+    phrase = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
+    rows = [*site.plain(40), site.question(5000, Title=f"Is {phrase} a number?"), site.answer(5001, 5000, score=2)]
+    rows += [site.question(6000), site.answer(6001, 6000, score=1), site.answer(6002, 6000, score=4, body=f"&lt;p&gt;{phrase}")]
+    (site.tmp / "benchmark.txt").write_text(f"Count: {phrase}, and so on.\n")
+    splits = {"sft": 0.4, "reward": 0.3, "rl": 0.299, "eval": 0.001}
+    out, _ = site.ingest(site.write(rows), evaluation_sets=(str(site.tmp / "benchmark.txt"),), splits=splits)
+    assert {q["qid"] for q in site.read(out, "questions") if q["contaminated"]} == {5000, 6000}
+    assert {p["qid"] for p in site.read(out, "pairs") if p["contaminated"]} == {6000}
+    learnt = {q["qid"] for split in ("sft", "reward", "rl") for q in iter_questions(out, split)}
+    assert learnt == {q["qid"] for q in site.read(out, "questions") if q["split"] != "eval"} - {5000, 6000}
+    assert card(out)["contaminated_questions"] == 2
+
+
+def test_a_table_that_cannot_be_cut_is_read_in_one_piece(site, monkeypatch):
+    rows = site.plain(30)
+    path = site.write([*rows[:40], f"<!-- {rows[0]}\n{rows[1]}\n" + "\n".join(rows[:30]) + " -->", *rows[40:]])
+    whole, _ = site.ingest(path)
+    monkeypatch.setattr(step, "BLOCK_BYTES", (3_000, 3_000, 100))
+    cut, _ = site.ingest(path)
+    assert digests(cut) == digests(whole)
+    assert card(cut)["rows"] == card(whole)["rows"]
+    assert card(cut)["rows"]["read"] == len(rows)
+
+
+def test_lines_and_offsets_in_quarantine_count_from_the_file_and_not_from_the_block(site, monkeypatch):
+    rows = site.plain(40)
+    for place in (20, 60, 100):
+        rows[place] = rows[place].replace("Answer", "Answer <")
+    path = site.write(rows)
+    monkeypatch.setattr(step, "BLOCK_BYTES", (4_000, 4_000, 100))
+    for dump in (path, site.write(gzip.compress(path.read_bytes()), "gz/wood.test.xml.gz")):
+        out, _ = site.ingest(dump)
+        found = site.read(out, "quarantine")
+        assert [bad["line"] for bad in found] == [23, 63, 103]
+        assert all(path.read_bytes()[bad["offset"] :].startswith(bad["raw"]) for bad in found)

@@ -1,13 +1,14 @@
 """Pairs and splits: drawn by hash, so that nothing else in the dump can change them."""
 
 from collections import Counter
-from itertools import combinations
+from itertools import combinations, permutations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.ingest.pairs import choose_pairs, markup, roots, split_of
+from tasks.ingest.pairs import candidates, choose_pairs, markup, split_of
 
 SHARES = {"sft": 0.3, "reward": 0.3, "rl": 0.3, "eval": 0.1}
 RECORDED = ["sft", "rl", "reward", "rl", "rl", "sft", "rl", "rl", "reward", "sft", "sft", "reward"]
@@ -45,6 +46,12 @@ def test_pairs_do_not_depend_on_other_sites_but_differ_between_them():
     assert choose_pairs("a.test", 1, answers, 10) != choose_pairs("b.test", 1, answers, 10)
 
 
+@given(st.lists(st.integers(-1, 4), max_size=6))
+def test_candidates_are_all_pairs_of_places_with_different_scores(scores):
+    expected = [(j, k) for j, k in permutations(range(len(scores)), 2) if scores[j] > scores[k]]
+    assert sorted(candidates(scores)) == sorted(expected)
+
+
 def test_splits_have_their_shares():
     """20,000 questions: within 4 sigma of 30, 30, 30 and 10 percent."""
     count = Counter(split_of("wood.test", qid, SHARES) for qid in range(20_000))
@@ -55,19 +62,6 @@ def test_splits_have_their_shares():
 def test_a_question_stays_in_its_split_for_ever():
     """Recorded; a change here moves questions of trained models from training into evaluation."""
     assert [split_of("beer.stackexchange.com", qid, SHARES) for qid in range(1, 13)] == RECORDED
-
-
-def test_the_smallest_question_is_the_root_of_its_cluster():
-    assert roots([(5, 3), (9, 5), (20, 21)]) == {3: 3, 5: 3, 9: 3, 20: 20, 21: 20}
-    assert roots([]) == {}
-
-
-@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=40))
-def test_roots_do_not_depend_on_the_order_of_links(edges):
-    found = roots(edges)
-    assert found == roots(reversed(edges)) == roots((b, a) for a, b in edges)
-    assert all(found[a] == found[b] for a, b in edges)
-    assert all(root <= node and found[root] == root for node, root in found.items())
 
 
 @pytest.mark.parametrize(
@@ -81,4 +75,6 @@ def test_roots_do_not_depend_on_the_order_of_links(edges):
     ],
 )
 def test_markup_counts_marks(text, marks):
-    assert markup(text) == marks
+    texts = ["* at first", text, "", "- \u00e9", text, "]", "("]
+    ends = np.cumsum([0, *(len(one.encode()) for one in texts)])
+    assert markup("".join(texts).encode(), ends).tolist() == [1, marks, 0, 1, marks, 0, 0]

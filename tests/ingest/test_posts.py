@@ -1,10 +1,10 @@
 """What the attributes of a post mean."""
 
-import datetime
-
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tasks.ingest.posts import host_of, licence_of, parse_moment, pm_score, split_tags, unescape
+from tasks.ingest.posts import host_of, licence_of, moment, pm_score, split_tags, unescape, unescape_all
 
 
 @pytest.mark.parametrize(
@@ -30,23 +30,36 @@ def test_no_number_of_votes_is_halfway_between_two_scores():
 
 
 def test_the_licence_follows_the_day():
-    days = {(2011, 4, 7): "2.5", (2011, 4, 8): "3.0", (2018, 5, 1): "3.0", (2018, 5, 2): "4.0", (2024, 1, 1): "4.0"}
-    assert {day: licence_of(datetime.date(*day)) for day in days} == {day: f"CC BY-SA {version}" for day, version in days.items()}
+    days = {"2011-04-07": "2.5", "2011-04-08": "3.0", "2018-05-01": "3.0", "2018-05-02": "4.0", "2024-01-01": "4.0"}
+    found = {day: licence_of(f"{day}T00:00:00.000".encode()) for day in days}
+    assert found == {day: f"CC BY-SA {version}" for day, version in days.items()}
 
 
 def test_tags_of_both_kinds():
-    assert split_tags("<home-brew><ale>") == split_tags("|home-brew|ale|") == ["home-brew", "ale"]
-    assert split_tags("") == []
+    assert split_tags(b"&lt;home-brew&gt;&lt;ale&gt;") == split_tags(b"|home-brew|ale|") == ["home-brew", "ale"]
+    assert split_tags(b"") == []
 
 
 def test_unescape_reads_nothing_twice():
     assert unescape(b"&amp;lt;b&amp;gt; &lt;i&gt; &amp;amp; &amp;#xA; &quot;&apos;") == "&lt;b&gt; <i> &amp; &#xA; \"'"
 
 
-def test_moments_are_utc_and_of_any_precision():
-    expected = datetime.datetime(2014, 1, 21, 20, 26, 5, 383000, tzinfo=datetime.UTC)
-    assert parse_moment(b"2014-01-21T20:26:05.383") == parse_moment(b"2014-01-21T20:26:05.3830000Z") == expected
-    assert parse_moment(b"2014-01-21T20:26:05") == expected.replace(microsecond=0)
+@given(st.lists(st.text(st.characters(blacklist_characters='"<', blacklist_categories=["Cc", "Cs"])), max_size=5))
+def test_many_values_unescape_as_each_alone(texts):
+    values = [text.encode() for text in texts]
+    assert unescape_all(values) == [unescape(value) for value in values]
+
+
+def test_references_of_every_kind_among_many_values():
+    values = [b"&#233;", b"&amp;#233; &lt;", b"&#x9;&#xA;", b"", b"plain"]
+    assert unescape_all(values) == ["\u00e9", "&#233; <", "\t\n", "", "plain"]
+    assert unescape_all([]) == []
+
+
+def test_moments_are_to_the_millisecond():
+    assert moment(b"2014-01-21T20:26:05.3830000Z") == moment(b"2014-01-21T20:26:05.383") == b"2014-01-21T20:26:05.383"
+    assert moment(b"2014-01-21T20:26:05") == moment(b"2014-01-21T20:26:05Z") == b"2014-01-21T20:26:05.000"
+    assert moment(b"2014-01-21T20:26:05.3") == b"2014-01-21T20:26:05.300"
 
 
 def test_links_go_where_the_site_is_today():

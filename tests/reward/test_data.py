@@ -15,7 +15,7 @@ from tasks.reward.data import Encoded, Question, batches_of_questions, encode, r
 def write(folder: Path, rows: list[dict], split: str = "reward") -> Path:
     target = folder / "questions" / "site=a.test" / f"split={split}"
     target.mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(rows), target / "part-00000.parquet")
+    pq.write_table(pa.Table.from_pylist([{**row, "contaminated": False} for row in rows]), target / "part-00000.parquet")
     return folder
 
 

@@ -150,7 +150,10 @@ def write_site(folder, answers_of):
 
     path = folder / "questions" / "site=toy.test" / "split=sft"
     path.mkdir(parents=True)
-    rows = [{"site": "toy.test", "qid": qid, "question": f"How {qid}?", "answers": answers} for qid, answers in answers_of.items()]
+    rows = [
+        {"site": "toy.test", "qid": qid, "question": f"How {qid}?", "answers": answers, "contaminated": False}
+        for qid, answers in answers_of.items()
+    ]
     pq.write_table(pa.Table.from_pylist(rows), path / "part-00000.parquet")
     return folder
 
