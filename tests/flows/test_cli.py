@@ -41,7 +41,7 @@ def run(capsys, *argv: str) -> tuple[int, str, str]:
         (["run", "--threads", "-2"], ["--threads", "'-2'"]),
         (["run", "--seed", "x"], ["--seed"]),
         (["run", "--device", "tpu"], ["tpu"]),
-        (["run", "--store", "s3://bucket/x"], ["s3://", "not supported yet"]),
+        (["run", "--store", "gs://bucket/x"], ["gs://", "not supported"]),
         (["run", "--store", "pyproject.toml"], ["is not a folder"]),
         (["plan", "--set", "sft.lora.rank=3"], ["sft.lora has: r, alpha, dropout"]),
         (["pln"], ["pln"]),

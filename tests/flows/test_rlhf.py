@@ -138,7 +138,7 @@ def test_the_command_says_which_step_failed_and_where_the_traceback_is(store, ca
     from flows.cli import main
 
     sizes = ["--set", "ingest.simulate.questions=60", "--set", "base.scratch.steps=1", "--set", "sft.seq_length=4096"]
-    assert main(["run", "--preset", "ci", *sizes, "--until", "sft", "--threads", "1", "--store", store, "--json"]) == 1
+    assert main(["run", "--preset", "ci", *sizes, "--until", "sft", "--threads", "1", "--store", store, "--json"]) == 2
     said = capsys.readouterr()
     run = json.loads(said.out)
     assert [run["steps"][step]["state"] for step in ("ingest", "base", "sft")] == ["stored", "stored", "failed"]
