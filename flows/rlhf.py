@@ -54,7 +54,7 @@ def rlhf(
         overrides: single numbers by dotted name, such as {"ppo.kl_coef": 0.02}.
         refresh: steps to make anew even if they are stored.
         until: the last step to run; empty: all.
-        store: folder of the artifact store.
+        store: the artifact store: a folder, or s3://bucket/prefix.
         compute: how the steps are executed; changes no result.
     """
     run = _Run(resolve(config, overrides), Store(store), compute, refresh or [], until)

@@ -1,12 +1,16 @@
 """The disk as the store uses it: every write survives a power loss or is not there, every error is one line."""
 
 import errno
+import json
 import os
 import shutil
 import socket
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 SUFFIXES = frozenset(
     {".json", ".jsonl", ".safetensors", ".parquet", ".md", ".png", ".svg", ".html", ".txt", ".jinja", ".model", ".csv"}
@@ -16,6 +20,10 @@ SUFFIXES = frozenset(
 
 class StoreError(RuntimeError):
     """The store cannot do what was asked; the message says where, and what is needed."""
+
+
+class Damaged(Exception):
+    """A stored artifact is not what its manifest says."""
 
 
 def fsync(path: Path) -> None:
@@ -55,6 +63,14 @@ def walk(folder: Path) -> Iterator[Path]:
             yield from walk(Path(entry.path))
         else:
             yield Path(entry.path)
+
+
+def cache_folder() -> Path:
+    """Where what is fetched from elsewhere is kept: $STACKRLHF_CACHE, else stackrlhf in the user's cache."""
+    if named := os.environ.get("STACKRLHF_CACHE"):
+        return Path(named).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base and os.path.isabs(base) else Path("~/.cache").expanduser()) / "stackrlhf"
 
 
 def folders(folder: Path) -> Iterator[Path]:
@@ -118,7 +134,7 @@ def disk_error(error: BaseException, path: Path, needed: int | None = None) -> S
     size = (
         f"{needed:,} bytes are needed" if needed is not None else f"more than the {size_of(path):,} bytes written so far are needed"
     )
-    return StoreError(f"{path}: {why}; {size} there, {free} are free: make room, or name another store (--store)")
+    return StoreError(f"{path}: {why}; {size} there, {free} are free: make room, or name another place (--store; STACKRLHF_CACHE)")
 
 
 @contextmanager
@@ -144,3 +160,40 @@ def inode(path: Path) -> tuple[int, int] | None:
         about = path.lstat()
         return about.st_dev, about.st_ino
     return None
+
+
+# ---- attempts: folders in <root>/tmp that belong to a living process
+
+
+@contextmanager
+def attempt(root: Path, name: str) -> Iterator[Path]:
+    """An empty folder to build in; it is removed at the end, unless it was renamed away."""
+    folder = root / "tmp" / f"{name}.{os.getpid()}.{uuid.uuid4().hex}"
+    with guarded(folder):
+        make_folder(folder.parent)
+        os.mkdir(folder)
+        owner = {"machine": machine(), "pid": os.getpid(), "started": process_start(os.getpid())}
+        (folder / "owner.json").write_text(json.dumps(owner))
+        os.mkdir(folder / "files")
+    try:
+        yield folder / "files"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def collect_attempts(root: Path, hours: float) -> None:
+    """Remove attempts whose process is gone, and what else stood in tmp/ for `hours`. Never what is damaged."""
+    for folder in (root / "tmp").glob("*"):
+        with suppress(OSError):
+            if folder.name.startswith("damaged."):
+                continue
+            owner: dict[str, Any] = {}
+            with suppress(OSError, ValueError):
+                owner = json.loads((folder / "owner.json").read_text())
+            if owner.get("machine") == machine():
+                dead = not alive(owner["pid"], owner["started"])
+            else:
+                newest = max((p.lstat().st_mtime for p in [folder, *folder.rglob("*")]), default=0.0)
+                dead = time.time() - newest > hours * 3600
+            if dead:
+                shutil.rmtree(folder, ignore_errors=True) if folder.is_dir() else folder.unlink()

@@ -12,10 +12,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 logger = logging.getLogger(__name__)
 
+MANIFEST = "manifest.json"
 REPORTS = frozenset({"REPORT.md", "report.html"})
 """Files for people, not read by any step: checked like the others, but not part of the artifact's digest."""
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy", "pyarrow", "bitsandbytes", "markdownify")
@@ -81,6 +82,8 @@ class Manifest(_Record):
     created: str
     host: str
     pid: int
+    attempt: str | None = None
+    """On S3: the folder in data/ that holds the files. Part of the file only where it is set."""
 
     @property
     def step(self) -> str:
@@ -101,7 +104,7 @@ class Manifest(_Record):
 
     def text(self) -> str:
         """The file's exact content; `seal` is the digest of all the rest."""
-        content = self.model_dump()
+        content = self.model_dump(exclude={"attempt"} if self.attempt is None else None)
         return json.dumps({**content, "seal": sha256(canonical(content))}, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -113,6 +116,11 @@ class Manifest(_Record):
         if manifest.text() != text:
             raise ValueError("its seal does not fit its content")
         return manifest
+
+
+def same_inputs(manifest: Manifest, digests: Mapping[str, str]) -> bool:
+    """Was it made from inputs of these digests? Inputs that are not known yet do not count."""
+    return all(manifest.input_digests.get(name) == digest for name, digest in digests.items())
 
 
 class Artifact(BaseModel):
@@ -182,3 +190,10 @@ def clean_metrics(metrics: Mapping[str, Any]) -> dict[str, Scalar]:
             raise TypeError(f"metric {name} is a {type(value).__name__}; metrics are a flat dict of numbers and strings")
         clean[name] = plain
     return clean
+
+
+def one_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -48,7 +48,7 @@ class Execution(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     store: str = "./store"
-    """Folder of the artifact store."""
+    """The artifact store: a folder, or s3://bucket/prefix."""
     compute: Compute = Compute()
     refresh: bool = False
     """Make the artifact anew, even if it is stored."""
@@ -74,7 +74,7 @@ def conduct(
         outcome = run_step(store, identity, inputs, working, refresh=execution.refresh, external=external)
         manifest, artifact = outcome.manifest, outcome.artifact
         if not outcome.cached:
-            dashboard.report = report_of(manifest, Path(artifact.uri))
+            dashboard.report = report_of(manifest, store.open(artifact))
     finally:
         dashboard.close()
     if outcome.cached:

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from tasks.disk import cache_folder
 from tasks.progress import Progress
 
 CHUNK = 4_000_000  # bytes
@@ -94,14 +95,6 @@ class Record:
     """What the file was compared with when it came: size, and digests by algorithm."""
 
 
-def folder() -> Path:
-    """Where fetched files are kept."""
-    if named := os.environ.get("STACKRLHF_CACHE"):
-        return Path(named).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base and os.path.isabs(base) else Path("~/.cache").expanduser()) / "stackrlhf"
-
-
 def fetch(
     address: str, *, etag: str | None = None, progress: Progress | None = None, wait: float = 1.0, patience: float = 60.0
 ) -> Path:
@@ -112,7 +105,7 @@ def fetch(
     in one line what does not work; what came until then stays, and the next call goes on from there.
     """
     pin, address = _pin(address)
-    place = folder() / hashlib.sha256(address.encode()).hexdigest()[:20]
+    place = cache_folder() / hashlib.sha256(address.encode()).hexdigest()[:20]
     path = place / name(address)
     say = progress.note if progress else lambda _: None
     if _kept(path, pin, etag, say):
@@ -128,7 +121,7 @@ def fetch(
 
 def digest(path: Path) -> str | None:
     """sha256 of a file in the cache, without reading it where nothing has touched it; None for any other file."""
-    record = _record(path) if folder() in path.parents else None
+    record = _record(path) if cache_folder() in path.parents else None
     if record is None:
         return None
     about = path.stat()

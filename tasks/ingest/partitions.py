@@ -302,11 +302,12 @@ class _Maker:
 
     def _record(self, draft: _Draft, html: str, htmls: list[str]) -> dict[str, Any] | None:
         """One row of `questions`; None when the question, or every answer to it, has no text."""
-        texts = [self._markdown(html) for html in htmls]
+        texts = list(map(self._markdown, htmls))
         if not all(texts):
             draft, texts = self._with_text(draft, texts)
         title = posts.unescape(draft.row[posts.TITLE]).strip()
         body = self._markdown(html)
+        self.counts["bodies"] += 1 + len(htmls)
         text = f"{title}\n\n{body}" if title and body else title or body
         if not text or not texts:
             self.counts["questions without text" if not text else "unanswered"] += 1
@@ -356,7 +357,6 @@ class _Maker:
 
     def _markdown(self, html: str) -> str:
         text, fell_back = convert(html, self.partition.converter)
-        self.counts["bodies"] += 1
         if fell_back:
             self.counts["bodies by markdownify"] += 1
         return text.strip()

@@ -344,7 +344,9 @@ def pairs_of(questions: pa.Table) -> pa.Table:
 
     In Arrow: no text is decoded, and each stands there once, in a dictionary, however many pairs it is in.
     """
-    questions = questions.filter(pc.greater(pc.list_value_length(questions["pairs"]), 0)).combine_chunks()
+    paired = pc.greater(pc.list_value_length(questions["pairs"]), 0)
+    if not pc.all(paired).as_py():
+        questions = questions.filter(paired).combine_chunks()
     answers, places = (questions[name].combine_chunks() for name in ("answers", "pairs"))
     question = np.repeat(np.arange(len(questions)), pc.list_value_length(places).to_numpy())
     begin = places.offsets.to_numpy()[:-1] - places.offsets[0].as_py()

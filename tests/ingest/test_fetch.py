@@ -21,6 +21,7 @@ from pathlib import Path
 import py7zr
 import pytest
 
+from tasks.disk import cache_folder
 from tasks.ingest import fetch, sources
 from tasks.ingest.config import IngestConfig
 from tasks.ingest.identity import digest
@@ -167,10 +168,10 @@ def test_a_file_is_fetched_once_and_told_of(server, cache):
 def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
     monkeypatch.delenv("STACKRLHF_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert fetch.folder() == tmp_path / "xdg" / "stackrlhf"
+    assert cache_folder() == tmp_path / "xdg" / "stackrlhf"
     monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")  # to be ignored, says the XDG specification
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert fetch.folder() == tmp_path / "home" / ".cache" / "stackrlhf"
+    assert cache_folder() == tmp_path / "home" / ".cache" / "stackrlhf"
 
 
 @pytest.mark.parametrize("how", [{"closes": True}, {"reset": True}])
