@@ -29,8 +29,8 @@ from tasks.ingest.writer import QUARANTINE, Job, Written, open_parquet, write_pa
 from tasks.progress import Progress
 
 BUG = "this is a bug of ingest, please report it"
-BLOCK_BYTES = (16_000_000, 64_000_000, 1_500)  # smallest, largest, and how many there should not be more of
-PARTITION_BYTES = (16_000_000, 48_000_000, 2_000)  # of Posts.xml
+BLOCK_BYTES = (8_000_000, 64_000_000, 1_500)  # smallest, largest, and how many there should not be more of
+PARTITION_BYTES = (8_000_000, 48_000_000, 2_000)  # of Posts.xml
 PACK_FROM = 4_000_000_000  # bytes of dumps; below, packing scratch files costs more than it brings
 TABLES = ("posts", "users", "postlinks")
 
@@ -49,12 +49,12 @@ def ingest(config: IngestConfig, *, out: Path, compute: Compute, progress: Progr
         sites = _find(config, folder, progress)
         mix.check_weights(config.weights, [site.name for site in sites])
         size = sum(site.unpacked for site in sites)
-        with engine(compute, size) as pool:
+        with engine(compute, size) as pool, _quarantine(out) as quarantine:  # Arrow loads its writer while workers start
             run = _Run(config, folder, out, pool, progress, pack=size > PACK_FROM)
             scans = run.scan(sites, size)
             for one in scans:
                 _check(one, config, progress)
-            run.quarantine(scans)
+            run.quarantine(scans, quarantine)
             run.join(scans)
             outcomes = run.process(scans)
             dropped = run.near_duplicates(outcomes) if config.near_duplicates is not None else None
@@ -194,21 +194,17 @@ class _Run:
             scans.append(result)
         return scans
 
-    def quarantine(self, scans: list[SiteScan]) -> None:
+    def quarantine(self, scans: list[SiteScan], writer: pq.ParquetWriter) -> None:
         """The rows that could not be read, in the artifact, so that anyone can see what is missing."""
-        path = self.out / "quarantine" / "part-00000.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open_parquet(path, "quarantine") as writer:
-            writer.write_table(QUARANTINE.empty_table())
-            for one in scans:
-                for table, scanned in one.blocks.items():
-                    lines = one.heads[table].lines if table in one.heads else 0
-                    for block in scanned:
-                        for batch in scan.quarantined(block.folder):
-                            place = QUARANTINE.get_field_index("line")
-                            line = pa.array(batch.column(place).to_numpy() + lines)
-                            writer.write_batch(batch.set_column(place, QUARANTINE.field(place), line))
-                        lines += block.lines
+        place = QUARANTINE.get_field_index("line")
+        for one in scans:
+            for table, scanned in one.blocks.items():
+                lines = one.heads[table].lines if table in one.heads else 0
+                for block in scanned:
+                    for batch in scan.quarantined(block.folder):
+                        line = pa.array(batch.column(place).to_numpy() + lines)
+                        writer.write_batch(batch.set_column(place, QUARANTINE.field(place), line))
+                    lines += block.lines
 
     def join(self, scans: list[SiteScan]) -> None:
         """What joins across blocks and sites: authors' names, and clusters of duplicate questions."""
@@ -318,6 +314,14 @@ class _Run:
         ):
             raise RuntimeError(f"{one.site.name}: rows were lost between the two stages: {BUG}")
         return card.Summary(one.site.name, one.site.files, one.tables, counts, authors, one.newest)
+
+
+def _quarantine(out: Path) -> pq.ParquetWriter:
+    path = out / "quarantine" / "part-00000.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = open_parquet(path, "quarantine")
+    writer.write_table(QUARANTINE.empty_table())
+    return writer
 
 
 def _partitions(site: sources.Site) -> int:
