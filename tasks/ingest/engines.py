@@ -74,7 +74,7 @@ def engine(compute: Compute, size: int) -> Iterator[Engine]:
         yield _Here()
     else:
         # One core for each worker: threads of its own would only take the others' time.
-        with Pool(workers, preload=MODULES, environment={"OMP_NUM_THREADS": "1"}) as pool:
+        with Pool(workers, preload=MODULES, environment={"OMP_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}) as pool:
             yield _Processes(pool)
 
 
@@ -82,8 +82,22 @@ class _Here(Engine):
     workers = 1
 
     def run(self, function: Callable[[Any], Any], arguments: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-        for number, argument in enumerate(arguments):
-            yield number, function(argument)
+        with _memory_as_in_workers():
+            for number, argument in enumerate(arguments):
+                yield number, function(argument)
+
+
+@contextmanager
+def _memory_as_in_workers() -> Iterator[None]:
+    """Arrow's own allocator keeps a quarter more memory than the system's for what we do, and is slower by a few percent."""
+    import pyarrow as pa
+
+    before = pa.default_memory_pool()
+    pa.set_memory_pool(pa.system_memory_pool())
+    try:
+        yield
+    finally:
+        pa.set_memory_pool(before)
 
 
 class _Processes(Engine):

@@ -261,7 +261,6 @@ class _Chooser:
             fewer.everything = draft
             return fewer
         draft.pairs = pairs
-        draft.everything = draft
         return draft
 
     def draw(self, draft: _Draft) -> list[tuple[int, int]]:
