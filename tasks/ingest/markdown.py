@@ -13,8 +13,6 @@ import re
 from html import unescape
 from typing import Any, Literal
 
-from markdownify import markdownify
-
 from tasks.ingest.markdown_post import Post, Unsupported
 from tasks.ingest.markdown_tags import TAG, Torn, read_body, read_inlines
 
@@ -40,6 +38,8 @@ def markdownify_original(html: str) -> str:
     markdownify's defaults (underlined headings, `*+-` bullets), the language from the class of `<pre>`, and afterwards runs of
     blank lines collapsed everywhere, in code too.
     """
+
+    from markdownify import markdownify  # few bodies need what it takes a worker a tenth of its start to load
 
     def language(element: Any) -> str | None:
         classes = element.get("class")
