@@ -11,8 +11,8 @@ as it comes; then Parquet. It gets the fastest whole-file parser of the standard
 questions with pairs and the answers in them (`ingest.questions=paired`).
 
 Each runs in a process of its own; seconds are those of its work (user and system, its workers included), without the time that
-Python takes to start and to import; peak memory is that of the largest process, all in. Ours is short: it runs `--rounds` times, half
-of them before the usual way and half behind it; the round of the median CPU time counts, and `rounds_cpu_s` has them all.
+Python takes to start and to import; peak memory is that of the largest process, all in. Ours is short: it runs `--rounds` times,
+half of them before the usual way and half behind it; the round of the median CPU time counts, and `rounds_cpu_s` has them all.
 One JSON line on stdout:
 
     {"ours": {"mb_per_cpu_s", "mb_per_s", "peak_bytes", "pairs", "cpu_s", "seconds"}, "usual": {the same},
@@ -96,9 +96,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    import tasks.ingest.ingest
-    import tasks.ingest.markdown  # noqa: F401
+    import tasks.ingest.ingest  # noqa: F401
+    from tasks.ingest.markdown import markdownify_original
 
+    markdownify_original("<p>warm</p>")
     with tempfile.TemporaryFile() as file:
         pq.write_table(pa.table({"warm": [1]}), file)
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as name:
