@@ -20,7 +20,7 @@ from flows.presets import PRESETS, STEPS, RLHFConfig, Step, parse_override, reso
 from flows.show import Live, bytes_text, console, duration, table
 from tasks.artifacts import Manifest, Store, StoreError
 from tasks.compute import Compute
-from tasks.progress import listening
+from tasks.progress import Update, listening
 from tasks.step import Event, Outcome, StepFailed, StepPlan, describe, watching
 
 DONE, FAILED, WRONG, FORBIDDEN, INTERRUPTED = 0, 1, 2, 3, 75
@@ -179,8 +179,15 @@ def _prepare(arguments: argparse.Namespace) -> tuple[RLHFConfig, Store, dict[Ste
     from flows.plan import check_steps, make_plan  # imports prefect, but starts no server
 
     check_steps([*arguments.refresh, *([arguments.until] if arguments.until else [])])
-    plans = make_plan(config, store, arguments.refresh, arguments.until)
+    with listening(_say):
+        plans = make_plan(config, store, arguments.refresh, arguments.until)
     return config, store, plans
+
+
+def _say(update: Update) -> None:
+    """Before the display stands: a dump that is fetched, because its content is its key, must not look like a hang."""
+    if update.note:
+        print(f"stackrlhf: {update.note}", file=sys.stderr)
 
 
 def plan_verb(arguments: argparse.Namespace) -> int:

@@ -26,7 +26,7 @@ from tasks.ingest.rows import Values
 from tasks.ingest.writer import Pieces
 
 SPLITS = ("sft", "reward", "rl", "eval")
-TURN_BYTES = 500_000  # of escaped HTML that is unescaped in one go
+TURN = 100  # questions whose bodies are unescaped in one go: some 500 KB
 DONE = "done.json"
 
 
@@ -156,13 +156,15 @@ def _process(partition: Partition, work: Path, outcome: Outcome) -> None:
     drafts = [draft for qid, row in questions.items() if (draft := chooser.choose(qid, row, answers.pop(qid, None)))]
     drafts.sort(key=lambda draft: key(site, draft.qid))
     counts["orphans"] += sum(map(len, answers.values()))
-    users = {int(row[posts.OWNER]) for draft in drafts for row in (draft.row, *draft.answers) if row[posts.OWNER]}
-    maker = _Maker(partition, chooser, names_of(partition.names, users) if partition.names else {}, counts)
+    names = {}
+    if partition.names:
+        names = names_of(partition.names, {int(row[posts.OWNER]) for d in drafts for row in (d.row, *d.answers) if row[posts.OWNER]})
+    maker = _Maker(partition, chooser, names, counts)
     base, day = f"https://{posts.host_of(site)}", partition.dump_date
     out = {split: Pieces(piece(work, split), site, split, base, day, partition.pack) for split in SPLITS}
     signatures = (work / "signatures").open("wb") if partition.signatures else None
-    for turn in _turns(drafts):
-        for record in maker.records(turn):
+    for start in range(0, len(drafts), TURN):
+        for record in maker.records(drafts[start : start + TURN]):
             out[record["split"]].add(record)
             if signatures:
                 signatures.write(near.record(partition.site_number, record["qid"], record["votes"], record["question"]))
@@ -269,19 +271,6 @@ class _Chooser:
             return possible
         ids = [int(answer[posts.ID]) for answer in draft.answers]
         return draw(self.partition.site, draft.qid, ids, possible, self.partition.max_pairs)
-
-
-def _turns(drafts: list[_Draft]) -> Iterator[list[_Draft]]:
-    """Some questions at a time."""
-    turn: list[_Draft] = []
-    size = 0
-    for draft in drafts:
-        turn.append(draft)
-        size += len(draft.row[posts.BODY]) + sum([len(answer[posts.BODY]) for answer in draft.answers])
-        if size > TURN_BYTES:
-            yield turn
-            turn, size = [], 0
-    yield turn
 
 
 class _Maker:
