@@ -158,7 +158,8 @@ def _process(partition: Partition, work: Path, outcome: Outcome) -> None:
     counts["orphans"] += sum(map(len, answers.values()))
     names = {}
     if partition.names:
-        names = names_of(partition.names, {int(row[posts.OWNER]) for d in drafts for row in (d.row, *d.answers) if row[posts.OWNER]})
+        owners = {row[posts.OWNER] for draft in drafts for row in (draft.row, *draft.answers)} - {b""}
+        names = names_of(partition.names, set(map(int, owners)))
     maker = _Maker(partition, chooser, names, counts)
     base, day = f"https://{posts.host_of(site)}", partition.dump_date
     out = {split: Pieces(piece(work, split), site, split, base, day, partition.pack) for split in SPLITS}
