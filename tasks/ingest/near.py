@@ -142,11 +142,6 @@ def near_duplicates(
     return _save(scratch, records, dropped)
 
 
-def open_dropped(folder: Path) -> Dropped:
-    """What near_duplicates wrote there; FileNotFoundError when it did not come to its end."""
-    return Dropped(folder, json.loads((folder / SITES).read_text(encoding="utf-8")))
-
-
 class _Records:
     """All signature files as one long array, on disk."""
 

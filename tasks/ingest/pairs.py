@@ -36,11 +36,6 @@ def _lot(text: bytes) -> bytes:
     return hashlib.blake2b(text, digest_size=8).digest()  # compares as the number of `key` does
 
 
-def choose_pairs(site: str, qid: int, answers: Sequence[tuple[int, int]], most: int) -> list[tuple[int, int]]:
-    """The pairs (j, k) of places in `answers`, a list of (answer id, pm_score), that a question contributes."""
-    return draw(site, qid, [number for number, _ in answers], candidates([score for _, score in answers]), most)
-
-
 def split_of(site: str, root: int, shares: Mapping[str, float]) -> str:
     """The split of a question, by the root of its duplicate cluster: it stays there when the dump grows."""
     place, edge = key("split", site, root) / 2**64, 0.0

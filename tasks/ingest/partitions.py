@@ -3,11 +3,7 @@
 Nothing here depends on the order of rows, on how many partitions there are, or on which process takes which.
 """
 
-import gc
-import json
 import math
-import shutil
-import uuid
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,11 +19,11 @@ from tasks.ingest.markdown import convert
 from tasks.ingest.names import names_of
 from tasks.ingest.pairs import candidates, draw, key, split_of
 from tasks.ingest.rows import Values
+from tasks.ingest.unit import leave, left, unit
 from tasks.ingest.writer import Pieces
 
 SPLITS = ("sft", "reward", "rl", "eval")
 TURN = 100  # questions whose bodies are unescaped in one go: some 500 KB
-DONE = "done.json"
 
 
 def size_of_parts(size: int, smallest: int, largest: int, most: int) -> int:
@@ -120,31 +116,16 @@ def piece(folder: Path, split: str) -> Path:
 
 def process(partition: Partition) -> Outcome:
     """Join, score and pair the answers; convert what is kept; write the records, sorted by the hash of the question."""
-    collecting = gc.isenabled()
-    gc.disable()  # as in scan
-    work = partition.folder.with_name(f"{partition.folder.name}.{uuid.uuid4().hex}.tmp")
-    work.mkdir(parents=True)
-    try:
-        outcome = Outcome(partition.number, partition.folder)
+    outcome = Outcome(partition.number, partition.folder)
+    with unit(partition.folder) as work:
         _process(partition, work, outcome)
-        (work / DONE).write_text(json.dumps(vars(outcome) | {"folder": ""}))
-        try:
-            work.rename(partition.folder)
-        except OSError:  # another process of the same run was first, with the same
-            if not (partition.folder / DONE).exists():
-                raise
-        return outcome
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        if collecting:
-            gc.enable()
+        leave(work, vars(outcome) | {"folder": ""})
+    return outcome
 
 
 def finished(partition: Partition) -> Outcome | None:
     """What an earlier run left of this partition."""
-    try:
-        kept = json.loads((partition.folder / DONE).read_text())
-    except (OSError, ValueError):
+    if (kept := left(partition.folder)) is None:
         return None
     return Outcome(kept["number"], partition.folder, Counter(kept["counts"]), kept["records"])
 

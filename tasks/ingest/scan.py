@@ -5,11 +5,8 @@ a stream. What a block gives lies in a scratch folder of its own, whole when it 
 behind the blocks that were finished.
 """
 
-import gc
 import hashlib
 import json
-import shutil
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -22,6 +19,7 @@ import pyarrow as pa
 from tasks.ingest import posts
 from tasks.ingest.partitions import Spill
 from tasks.ingest.rows import Bad, RowScanner, Values
+from tasks.ingest.unit import leave, left, unit
 from tasks.ingest.writer import QUARANTINE
 
 if TYPE_CHECKING:
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
 LAYOUTS = {"posts": posts.POSTS, "users": posts.USERS, "postlinks": posts.POSTLINKS}
 READ = 2_000_000  # bytes of a range in memory at once
 QUARANTINE_ROWS = 200  # held before they are written
-DONE = "done.json"
 
 
 @dataclass(frozen=True)
@@ -82,31 +79,16 @@ class Scanned:
 
 def scan(block: Block) -> Scanned:
     """Read a block: rows into partitions, names, links and digests of texts into files, what cannot be read into quarantine."""
-    collecting = gc.isenabled()
-    gc.disable()  # a million short-lived objects, and no cycles among them
-    work = block.folder.with_name(f"{block.folder.name}.{uuid.uuid4().hex}.tmp")
-    work.mkdir(parents=True)
-    try:
+    with unit(block.folder) as work:
         result = _scan(block, work)
-        kept = vars(result) | {"folder": "", "first_bad": result.first_bad and {**asdict(result.first_bad), "raw": ""}}
-        (work / DONE).write_text(json.dumps(kept))
-        try:
-            work.rename(block.folder)
-        except OSError:  # another process of the same run was first, with the same
-            if not (block.folder / DONE).exists():
-                raise
-        return result
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        if collecting:
-            gc.enable()
+        bad = result.first_bad and {**asdict(result.first_bad), "raw": ""}
+        leave(work, vars(result) | {"folder": "", "first_bad": bad})
+    return result
 
 
 def finished(block: Block) -> Scanned | None:
     """What an earlier run left of this block."""
-    try:
-        kept = json.loads((block.folder / DONE).read_text())
-    except (OSError, ValueError):
+    if (kept := left(block.folder)) is None:
         return None
     bad = kept["first_bad"]
     return Scanned(

@@ -8,11 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.ingest.pairs import candidates, choose_pairs, markup, split_of
+from tasks.ingest.pairs import candidates, draw, markup, split_of
 
 SHARES = {"sft": 0.3, "reward": 0.3, "rl": 0.3, "eval": 0.1}
 RECORDED = ["sft", "rl", "reward", "rl", "rl", "sft", "rl", "rl", "reward", "sft", "sft", "reward"]
 scores = st.lists(st.integers(-1, 8), min_size=0, max_size=12)
+
+
+def choose_pairs(site: str, qid: int, answers: list[tuple[int, int]], most: int) -> list[tuple[int, int]]:
+    """The pairs of a question from its answers' (id, pm_score)."""
+    return draw(site, qid, [number for number, _ in answers], candidates([score for _, score in answers]), most)
 
 
 @given(scores, st.integers(1, 10**9), st.integers(1, 12))
