@@ -7,9 +7,7 @@ of numbers (locality-sensitive hashing); each is then checked by that estimate.
 
 import contextlib
 import importlib.util
-import json
 import math
-import os
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +26,6 @@ RECORD = np.dtype([("site", "<i4"), ("votes", "<i4"), ("qid", "<i8"), ("signatur
 """A question in a signature file: raw records one after the other, little-endian, 528 bytes each."""
 NO_WORDS = 0xFFFFFFFF  # every number of a text without words
 RECALL = 0.99  # of pairs exactly at the threshold, how many share a band
-SITES = "dropped.json"  # written last: its folder is whole
 RECORDS = 1 << 14  # read at once: 9 MB
 PAIRS = 1 << 12  # compared at once: 4 MB
 MOST_COMPARED = 1_000
@@ -276,7 +273,4 @@ def _save(folder: Path, records: _Records, dropped: NDArray[np.bool_]) -> Droppe
         of_site = np.sort(qids[numbers == number])
         np.save(_path(folder, number), of_site)
         counts[site] = len(of_site)
-    unfinished = folder / f"{SITES}.unfinished"
-    unfinished.write_text(json.dumps(counts), encoding="utf-8")
-    os.replace(unfinished, folder / SITES)
     return Dropped(folder, counts)

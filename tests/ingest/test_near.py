@@ -185,7 +185,7 @@ def test_what_is_dropped_is_what_brute_force_drops_in_any_order_of_files_and_sit
     found = {(site, qid) for site in sites for qid in dropped.qids(site).tolist()}
     assert found == brute_force(rows, threshold)
     assert len(dropped) == len(found)
-    assert sorted(path.name for path in (tmp / "out").iterdir()) == ["dropped-00000.npy", "dropped-00001.npy", "dropped.json"]
+    assert sorted(path.name for path in (tmp / "out").iterdir()) == ["dropped-00000.npy", "dropped-00001.npy"]
 
 
 def test_of_equal_texts_the_one_with_most_votes_stays_then_the_first_by_site_and_number(tmp_path):
