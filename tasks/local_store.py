@@ -3,6 +3,7 @@
 <root>/<step>/<key>/             one artifact
 <root>/pointers/<name>/          numbered files
 <root>/tmp/<key>.<pid>.<uuid>/   attempts; tmp/damaged.*: what failed its check; tmp/replaced.*: what a refresh replaced
+<root>/tmp/<key>.kept/           checkpoints of a step that was stopped; <key>.scratch/: what ingest left
 """
 
 import errno

@@ -1,6 +1,7 @@
 """Work side by side in processes of this machine: progress made there is heard here, and no worker outlives whoever started it."""
 
 import contextlib
+import functools
 import importlib
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, Self
 
+from tasks import interrupt
 from tasks.progress import Update, hear, listening
 
 FALSE_STARTS = 5
@@ -87,7 +89,8 @@ class Pool:
 
         `arguments` is read as it is used up: never more than `workers + ahead` of it are taken out and not yet answered for.
         What a call raises is raised here, and ends the others. A task whose worker is killed is tried `tries` times in all,
-        with a `note`, and is a WorkerKilled then.
+        with a `note`, and is a WorkerKilled then. In a step that defers SIGTERM every call gets to its next boundary; then
+        Interrupted is raised.
         """
         assert not self._busy, "a pool runs one thing at a time"
         self._busy = True
@@ -95,9 +98,23 @@ class Pool:
         waiting: deque[tuple[int, tuple[Any, ...]]] = deque()
         working: dict[Connection, tuple[int, tuple[Any, ...]]] = {}
         deaths: dict[int, int] = {}
-        false_starts = 0
+        false_starts, stopped = 0, ""
+        call = functools.partial(_interruptible, function) if interrupt.deferred() else function
+
+        def pids() -> list[int]:
+            return [self._running[connection].process.pid for connection in working]
+
+        stack = contextlib.ExitStack()
+        stack.enter_context(interrupt.forwarding(pids))
         try:
             while True:
+                if interrupt.asked():
+                    if waiting or (more and next(source, None) is not None):
+                        stopped = stopped or "before all was begun"
+                    more = False
+                    waiting.clear()
+                    if stopped and not working:
+                        raise interrupt.Interrupted(stopped)
                 room = more and len(waiting) + len(working) < self.workers + ahead
                 if room:
                     if (one := next(source, None)) is None:
@@ -107,7 +124,7 @@ class Pool:
                 elif not waiting and not working:
                     return
                 self._fill()
-                self._hand_out(function, waiting, working)
+                self._hand_out(call, waiting, working)
                 # One argument at a time, and a look at the workers after each: making one can take as long as a task.
                 for connection in wait(list(self._running), timeout=0 if room else None):
                     assert isinstance(connection, Connection)
@@ -122,6 +139,9 @@ class Pool:
                                 raise RuntimeError(f"processes of this step end before their first task ({how})") from None
                             continue
                         number, argument = working.pop(connection)
+                        if interrupt.asked():
+                            stopped = stopped or "at once"
+                            continue
                         deaths[number] = deaths.get(number, 0) + 1
                         task = in_words(function, argument)
                         if deaths[number] >= tries:
@@ -136,12 +156,16 @@ class Pool:
                     elif kind == "raised":
                         del working[connection]
                         raise value
+                    elif kind == "interrupted":
+                        del working[connection]
+                        stopped = value
                     else:
                         number, _ = working.pop(connection)
-                        self._hand_out(function, waiting, working)  # before whoever asked for the result takes their time with it
+                        self._hand_out(call, waiting, working)  # before whoever asked for the result takes their time with it
                         yield number, value
         finally:
-            self._end(list(working))  # nobody wants these results any more
+            stack.close()
+            self._end(list(working), signal.SIGKILL)  # nobody wants these results any more
             self._busy = False
 
     def _fill(self) -> None:
@@ -163,14 +187,14 @@ class Pool:
                 with contextlib.suppress(OSError):  # it is dead: this is noticed, and counted, where its answer is awaited
                     connection.send_bytes(payload)
 
-    def _end(self, connections: Sequence[Connection]) -> str:
+    def _end(self, connections: Sequence[Connection], how: signal.Signals = signal.SIGTERM) -> str:
         """End these workers; say how the last of them ended."""
         workers = [self._running.pop(connection) for connection in connections]
         for worker in workers:
             worker.connection.close()
             if worker.process.poll() is None:
                 with contextlib.suppress(OSError):
-                    worker.process.terminate()
+                    worker.process.send_signal(how)
         for worker in workers:
             try:
                 worker.process.wait(5)
@@ -223,7 +247,10 @@ def serve(connection_number: int, alive: int, preload: Sequence[str]) -> None:
                 question = connection.recv_bytes()
             except (EOFError, OSError):
                 return
-            send(answer(question))
+            try:
+                send(answer(question))
+            except interrupt.Interrupted as stop:
+                send(pickle.dumps(("interrupted", str(stop))))
 
 
 def answer(question: bytes) -> bytes:
@@ -240,6 +267,19 @@ def answer(question: bytes) -> bytes:
         except Exception:
             raised = pickle.dumps(("raised", RuntimeError(f"{type(error).__name__}: {error}")))
         return raised
+
+
+def _interruptible(function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments), which SIGTERM ends at its next boundary."""
+    finished, result = False, None
+    try:
+        with interrupt.deferring():
+            result = function(*arguments)
+            finished = True
+    except interrupt.Interrupted:
+        if not finished:
+            raise
+    return result
 
 
 def _end_with_parent(alive: int) -> None:

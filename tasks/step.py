@@ -5,7 +5,7 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,11 +23,15 @@ from tasks.artifacts import (
     is_disk_trouble,
     library_versions,
 )
+from tasks.interrupt import deferring
+from tasks.scratch import scratch
 
 logger = logging.getLogger(__name__)
 
-Produce = Callable[[dict[str, Path], Path], Mapping[str, Any]]
-"""(folders of the inputs by name, empty folder to fill) -> headline metrics."""
+Produce = Callable[[dict[str, Path], Path, Path | None], Mapping[str, Any]]
+"""(folders of the inputs by name, empty folder to fill, folder of checkpoints or None) -> headline metrics."""
+
+WAIT_SECONDS = 1.0
 
 
 class StepFailed(RuntimeError):
@@ -87,12 +91,14 @@ def run_step(
     produce: Produce,
     *,
     refresh: bool = False,
+    resumable: bool = False,
     external: Callable[[], dict[str, str]] | None = None,
 ) -> Outcome:
     """The artifact of `identity`: from the store, or produced and published.
 
     `refresh` produces it even if it is stored. `external` is asked again at the end, because a dump that changed while it
-    was read would stand under the wrong key.
+    was read would stand under the wrong key. A `resumable` step gets a folder that stays when it ends without an artifact, for
+    whoever makes the same next, and ends on SIGTERM at its next boundary.
     """
     step = identity.step
     started = time.monotonic()
@@ -107,32 +113,78 @@ def run_step(
             return outcome
         _tell(Event(step, "running"))
         folders = {name: store.open(artifact) for name, artifact in inputs.items()}
-        with store.attempt(identity.key) as out:
-            before = time.monotonic()
-            with measured_memory() as memory:
-                try:
-                    metrics = produce(folders, out)
-                except Exception as error:
-                    if is_disk_trouble(error):
-                        raise disk_error(error, out) from error
-                    raise
-            seconds = time.monotonic() - before
-            if changed := [name for name, artifact in inputs.items() if not store.unchanged(artifact)]:
-                raise StoreError(f"{', '.join(changed)} was replaced by another run while {step} read it; run again")
-            if external is not None and (now := external()) != identity.external:
-                differing = sorted(name for name in {*now, *identity.external} if now.get(name) != identity.external.get(name))
-                raise StoreError(f"{', '.join(differing)} changed while {step} read it; run again")
-            manifest = store.publish(
-                out,
-                identity,
-                metrics=metrics,
-                seconds=seconds,
-                peak_memory_bytes=memory.peak,
-                input_digests=digests,
-                replace=refresh,
-            )
-        outcome = Outcome(store.artifact(manifest), manifest, False, time.monotonic() - started)
-        _tell(Event(step, "ran", outcome))
+        with deferring() if resumable else nullcontext():
+            with store.attempt(identity.key) as out, _checkpoints(out, identity.key, digests, refresh, resumable) as kept:
+                before = time.monotonic()
+                with measured_memory() as memory:
+                    try:
+                        metrics = produce(folders, out, kept)
+                    except Exception as error:
+                        if is_disk_trouble(error):
+                            raise disk_error(error, out) from error
+                        raise
+                seconds = time.monotonic() - before
+                if changed := [name for name, artifact in inputs.items() if not store.unchanged(artifact)]:
+                    raise StoreError(f"{', '.join(changed)} was replaced by another run while {step} read it; run again")
+                if external is not None and (now := external()) != identity.external:
+                    differing = sorted(name for name in {*now, *identity.external} if now.get(name) != identity.external.get(name))
+                    raise StoreError(f"{', '.join(differing)} changed while {step} read it; run again")
+                manifest = store.publish(
+                    out,
+                    identity,
+                    metrics=metrics,
+                    seconds=seconds,
+                    peak_memory_bytes=memory.peak,
+                    input_digests=digests,
+                    replace=refresh,
+                )
+            outcome = Outcome(store.artifact(manifest), manifest, False, time.monotonic() - started)
+            _tell(Event(step, "ran", outcome))
+        return outcome
+    except Exception as error:
+        _tell(Event(step, "failed"))
+        raise StepFailed(step, error) from error
+
+
+def _checkpoints(
+    out: Path, key: str, digests: Mapping[str, str], refresh: bool, resumable: bool
+) -> AbstractContextManager[Path | None]:
+    """The folder that a killed run leaves to the next one: beside the attempts, found by the step's key.
+
+    A refresh goes on from what a refresh left, and from nothing else.
+    """
+    if not resumable:
+        return nullcontext()
+    plan = {"inputs": dict(digests), "refresh": refresh}
+    return scratch(kept_folder(out, key), out.parent, plan, durable=True)
+
+
+def kept_folder(out: Path, key: str) -> Path:
+    """Where checkpoints of the step `key` stay while an attempt at it fills `out`."""
+    return out.parents[1] / f"{key}.kept"
+
+
+def follow_step(
+    store: Store, identity: Identity, inputs: Mapping[str, Artifact], share: Produce | None, say: Callable[[str], None]
+) -> Outcome:
+    """The artifact of `identity` on a machine that publishes none: it does its share of the work and waits for who does."""
+    step = identity.step
+    started = time.monotonic()
+    digests = {name: artifact.digest for name, artifact in inputs.items()}
+    try:
+        manifest = store.load(identity, digests)
+        cached = manifest is not None
+        if manifest is None:
+            _tell(Event(step, "running"))
+            if share is not None:
+                folders = {name: store.open(artifact) for name, artifact in inputs.items()}
+                with deferring(), store.attempt(identity.key) as out:
+                    share(folders, out, kept_folder(out, identity.key))
+            say("waiting for machine 0, which publishes it")
+            while (manifest := store.find(identity, digests)) is None:
+                time.sleep(WAIT_SECONDS)
+        outcome = Outcome(store.artifact(manifest), manifest, cached, time.monotonic() - started)
+        _tell(Event(step, "stored" if cached else "ran", outcome))
         return outcome
     except Exception as error:
         _tell(Event(step, "failed"))

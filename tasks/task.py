@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -21,10 +22,11 @@ from prefect.context import TaskRunContext
 from prefect.states import Completed
 from pydantic import BaseModel, ConfigDict
 
-from tasks.artifacts import Artifact, Identity, Manifest, Store
+from tasks.artifacts import Artifact, Identity, Manifest, Store, code_fingerprint, library_versions
+from tasks.checkpoint import Checkpoints
 from tasks.compute import Compute
 from tasks.progress import Progress, Update, listening
-from tasks.step import run_step
+from tasks.step import follow_step, run_step
 
 logger = logging.getLogger(__name__)
 logging.getLogger("tasks").setLevel(logging.INFO)  # notes and progress lines reach the run's log (see flows/__init__.py)
@@ -54,24 +56,54 @@ class Execution(BaseModel):
     """Make the artifact anew, even if it is stored."""
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a step is given when it runs."""
+
+    inputs: dict[str, Path]
+    """Folders of its inputs, by their step."""
+    out: Path
+    """An empty folder to fill."""
+    progress: Progress
+    checkpoints: Checkpoints
+    """Of a step that is resumable; none are kept of others."""
+
+
 def conduct(
     identity: Identity,
     inputs: Mapping[str, Artifact],
-    produce: Callable[[dict[str, Path], Path, Progress], Mapping[str, Any]],
+    produce: Callable[[Work], Mapping[str, Any]],
     execution: Execution,
     external: Callable[[], dict[str, str]] | None = None,
+    *,
+    shared: bool = False,
+    resumable: bool = False,
 ) -> State[Artifact]:
-    """Run a step inside its task run; the state is Cached for a stored artifact, else Completed. The data is the reference."""
-    store = Store(execution.store)
-    dashboard = Dashboard(identity.step)
+    """Run a step inside its task run; the state is Cached for a stored artifact, else Completed. The data is the reference.
 
-    def working(folders: dict[str, Path], out: Path) -> Mapping[str, Any]:
+    `shared`: with several machines each does its share of the work; other steps are machine 0's alone. `resumable`: it keeps
+    checkpoints, and goes on from them.
+    """
+    store, compute = Store(execution.store), execution.compute
+    if execution.refresh and compute.machines > 1:
+        raise ValueError(f"--refresh {identity.step} with several machines: make it anew with one, then run with all")
+    dashboard = Dashboard(identity.step)
+    made_by = {"code": code_fingerprint(identity.step), **library_versions()}
+
+    def working(folders: dict[str, Path], out: Path, kept: Path | None) -> Mapping[str, Any]:
         dashboard.start()
+        checkpoints = Checkpoints(kept if resumable else None, compute.checkpoint_seconds, made_by)
         with listening(dashboard.listen):
-            return produce(folders, out, Progress(identity.step))
+            return produce(Work(folders, out, Progress(identity.step), checkpoints))
 
     try:
-        outcome = run_step(store, identity, inputs, working, refresh=execution.refresh, external=external)
+        if compute.machine_rank > 0:
+            say = Progress(identity.step).note
+            outcome = follow_step(store, identity, inputs, working if shared else None, say)
+        else:
+            outcome = run_step(
+                store, identity, inputs, working, refresh=execution.refresh, resumable=resumable, external=external
+            )  # fmt: skip
         manifest, artifact = outcome.manifest, outcome.artifact
         if not outcome.cached:
             dashboard.report = report_of(manifest, store.open(artifact))

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # toy models; two threads of each of several processes would spin
 
 import random
 from pathlib import Path
@@ -88,3 +89,13 @@ def tiny_model(tmp_path_factory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     fast.save_pretrained(folder / "model")
     return folder
+
+
+@pytest.fixture(scope="session")
+def kills():
+    """Runs trainings in children that are killed at a chosen moment (tests/killing.py)."""
+    from tests.killing import Kills
+
+    server = Kills()
+    yield server
+    server.close()

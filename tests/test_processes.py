@@ -2,9 +2,12 @@
 
 import os
 import signal
+import time
+from pathlib import Path
 
 import pytest
 
+from tasks import interrupt
 from tasks.processes import side_by_side
 from tasks.progress import Progress, Update, listening
 
@@ -68,3 +71,42 @@ def test_workers_that_cannot_start_end_the_run(monkeypatch, capfd):
     with pytest.raises(RuntimeError, match="end before their first task"):
         side_by_side(work, [(1,), (2,)], 2)
     capfd.readouterr()
+
+
+def train(folder: str, number: int) -> int:
+    """Steps for ever, until it is told to end."""
+    for step in range(1, 3000):
+        time.sleep(0.01)
+        Progress(f"training {number}")(step, 3000)
+        if interrupt.asked():
+            time.sleep(0.2 * number)  # to the boundary
+            (Path(folder) / str(number)).touch()
+            raise interrupt.Interrupted("saved")
+    return number
+
+
+def test_sigterm_lets_every_process_of_a_training_come_to_a_boundary_and_save(tmp_path):
+    heard, sent = set(), []
+
+    def terminate(update: Update) -> None:
+        heard.add(update.step)
+        if len(heard) == 2 and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+
+    with pytest.raises(interrupt.Interrupted, match="saved"), listening(terminate), interrupt.deferring():
+        side_by_side(train, [(str(tmp_path), number) for number in range(3)], 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}  # the third was not begun
+
+
+def test_sigterm_when_all_processes_have_done_their_work_loses_nothing():
+    heard = []
+
+    def terminate(update: Update) -> None:
+        heard.append(update)
+        if len(heard) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    results = []
+    with pytest.raises(interrupt.Interrupted, match="came to its end"), listening(terminate), interrupt.deferring():
+        results = side_by_side(work, [(1,), (2,)], 2)
+    assert [square for square, _ in results] == [1, 4]

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import threading
 import time
 
@@ -9,7 +10,8 @@ import pytest
 
 from tasks import step as step_module
 from tasks.artifacts import Identity, Store, StoreError
-from tasks.step import StepFailed, describe, differences, measured_memory, plan_step, run_step, watching
+from tasks.interrupt import Interrupted
+from tasks.step import StepFailed, describe, differences, follow_step, measured_memory, plan_step, run_step, watching
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ class Producer:
     def __init__(self, text: str = "hello"):
         self.text, self.calls = text, 0
 
-    def __call__(self, folders, out):
+    def __call__(self, folders, out, kept=None):
         self.calls += 1
         read = "".join((folder / "text.txt").read_text() for folder in folders.values())
         (out / "text.txt").write_text(read + self.text)
@@ -47,7 +49,7 @@ def test_a_step_runs_once_and_is_then_served(store):
 def test_a_step_reads_its_inputs_and_measures_itself(store):
     base = run_step(store, identity(), {}, Producer("a")).artifact
 
-    def produce(folders, out):
+    def produce(folders, out, kept):
         time.sleep(0.05)
         return Producer("b")(folders, out)
 
@@ -60,7 +62,7 @@ def test_a_step_reads_its_inputs_and_measures_itself(store):
 
 
 def test_a_failed_step_names_itself_and_leaves_nothing(store):
-    def produce(folders, out):
+    def produce(folders, out, kept):
         (out / "text.txt").write_text("x")
         raise ValueError("max_length=3 is too short")
 
@@ -75,7 +77,7 @@ def test_a_failed_step_names_itself_and_leaves_nothing(store):
     "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), RuntimeError("I/O error: No space left on device (os error 28)")]
 )
 def test_a_disk_that_fills_up_while_a_step_writes_is_said_with_its_path(store, error):
-    def produce(folders, out):
+    def produce(folders, out, kept):
         (out / "text.txt").write_text("x" * 100)
         raise error
 
@@ -101,7 +103,7 @@ def test_a_refresh_that_reproduces_leaves_the_next_steps_stored_and_one_that_doe
 def test_an_input_that_is_replaced_while_the_step_reads_it_fails_the_step(store):
     base = run_step(store, identity(), {}, Producer("a")).artifact
 
-    def produce(folders, out):
+    def produce(folders, out, kept):
         run_step(store, identity(), {}, Producer("b"), refresh=True)  # another run
         return Producer()(folders, out)
 
@@ -123,6 +125,145 @@ def test_a_hit_made_by_other_code_is_served_with_a_warning(store, monkeypatch, c
     assert "made by other code" in caplog.text
     assert "now 99" in caplog.text
     assert len(outcome.warnings) == 2
+
+
+# ---- steps that go on where they were
+
+
+def kept_by(store: Store, refresh: bool = False, **more) -> list[str]:
+    """Run a resumable step that is killed in its middle; what it finds of the runs before it."""
+    found = []
+
+    def produce(folders, out, kept):
+        found.extend(path.name for path in sorted(kept.glob("step-*")))
+        (kept / f"step-{len(found) + 1}").mkdir()
+        raise KeyboardInterrupt  # or anything else
+
+    with pytest.raises(KeyboardInterrupt):
+        run_step(store, identity(**more), {}, produce, resumable=True, refresh=refresh)
+    return found
+
+
+def test_a_step_finds_what_a_killed_one_left_and_removes_it_once_it_is_published(store):
+    assert kept_by(store) == []
+    assert kept_by(store) == ["step-1"]
+    assert kept_by(store, config={"steps": 3}) == []
+    found = []
+
+    def produce(folders, out, kept):
+        found.extend(path.name for path in sorted(kept.glob("step-*")))
+        return Producer()(folders, out)
+
+    run_step(store, identity(), {}, produce, resumable=True)
+    assert found == ["step-1", "step-2"]
+    left = list((store.root / "tmp").iterdir())
+    assert [path.name for path in left] == [f"{identity(config={'steps': 3}).key}.kept"]
+
+
+def test_what_a_failed_step_left_stays_for_the_next_one(store):
+    def produce(folders, out, kept):
+        (kept / "step-1").mkdir()
+        raise ValueError("loss is nan")
+
+    with pytest.raises(StepFailed):
+        run_step(store, identity(), {}, produce, resumable=True)
+    assert kept_by(store) == ["step-1"]
+
+
+def test_a_refresh_goes_on_from_a_refresh_only(store, caplog):
+    kept_by(store)
+    assert kept_by(store, refresh=True) == []
+    assert "is not used: it had another refresh" in caplog.text
+    assert kept_by(store, refresh=True) == ["step-1"]
+    assert kept_by(store) == []
+
+
+def test_what_was_left_of_other_inputs_is_not_used(store):
+    def run(text: str) -> list[str]:
+        base = run_step(store, identity(), {}, Producer(text), refresh=True).artifact
+        found = []
+
+        def produce(folders, out, kept):
+            found.extend(path.name for path in kept.glob("step-*"))
+            (kept / "step-1").mkdir(exist_ok=True)
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run_step(store, identity("sft", inputs={"base": base.key}), {"base": base}, produce, resumable=True)
+        return found
+
+    assert [run("a"), run("a"), run("b")] == [[], ["step-1"], []]
+
+
+def test_an_orphan_and_a_re_run_share_no_folder_and_make_one_artifact(store, caplog):
+    begun, going_on = threading.Event(), threading.Event()
+    folders_used, made = [], []
+
+    def produce(folders, out, kept):
+        folders_used.append(kept)
+        (kept / "step-1").mkdir()
+        begun.set()
+        if len(folders_used) == 1:
+            going_on.wait(30)
+        return Producer()(folders, out)
+
+    def run():
+        made.append(run_step(store, identity(), {}, produce, resumable=True))
+
+    orphan = threading.Thread(target=run)
+    orphan.start()
+    begun.wait(30)
+    run()
+    going_on.set()
+    orphan.join()
+    assert folders_used[0] != folders_used[1]
+    assert "is used by another run" in caplog.text
+    assert made[0].artifact == made[1].artifact
+    assert [manifest.key for manifest in store.list()] == [identity().key]
+    assert list((store.root / "tmp").iterdir()) == []
+
+
+def test_what_a_killed_step_left_goes_after_a_week_and_not_before(store):
+    kept_by(store)
+    folder = store.root / "tmp" / f"{identity().key}.kept"
+    for days, there in ((6, True), (8, False)):
+        for path in [*folder.rglob("*"), folder]:
+            os.utime(path, (time.time() - days * 86400,) * 2)
+        store.collect()
+        assert folder.exists() == there
+
+
+def test_sigterm_while_a_finished_training_is_written_still_publishes_it(store):
+    def produce(folders, out, kept):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        return Producer()(folders, out)
+
+    events = []
+    with pytest.raises(Interrupted), watching(lambda event: events.append(event.state)):
+        run_step(store, identity(), {}, produce, resumable=True)
+    assert store.load(identity()) is not None
+    assert events == ["running", "ran"]
+
+
+def test_a_machine_that_publishes_nothing_does_its_share_and_waits_for_the_one_that_does(store):
+    shared, said = [], []
+
+    def share(folders, out, kept):
+        shared.append(kept)
+        return {}
+
+    def say(text: str) -> None:
+        said.append(text)
+        publishing.start()
+
+    publishing = threading.Timer(0.1, lambda: run_step(store, identity(), {}, Producer()))
+    outcome = follow_step(store, identity(), {}, share, say)
+    publishing.join()
+    assert outcome.manifest == store.load(identity())
+    assert shared == [store.root / "tmp" / f"{identity().key}.kept"]
+    assert "waiting for machine 0" in said[0]
+    assert follow_step(store, identity(), {}, share, say).cached
 
 
 # ---- planning

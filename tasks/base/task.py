@@ -1,6 +1,5 @@
 """The Prefect side of `base`."""
 
-from pathlib import Path
 from typing import Any
 
 from prefect.client.schemas.objects import State
@@ -8,8 +7,8 @@ from prefect.client.schemas.objects import State
 from tasks.artifacts import Artifact, Identity
 from tasks.base.config import BaseModelConfig
 from tasks.base.identity import digest
-from tasks.progress import Progress
-from tasks.task import Execution, conduct, step_task
+from tasks.distributed import launch
+from tasks.task import Execution, Work, conduct, step_task
 
 VERSION = 1
 
@@ -23,12 +22,24 @@ def identify(config: BaseModelConfig, *, ingest: str | None) -> Identity:
 @step_task("base")
 def base(config: BaseModelConfig, execution: Execution, *, ingest: Artifact) -> State[Artifact]:
     """The language model that everything starts from."""
-    inputs = {"ingest": ingest} if config.source == "scratch" else {}
+    trains = config.source == "scratch"
+    inputs = {"ingest": ingest} if trains else {}
 
-    def produce(folders: dict[str, Path], out: Path, progress: Progress) -> dict[str, Any]:
+    def produce(work: Work) -> dict[str, Any]:
         from tasks.base.build import build
 
-        data = folders.get("ingest") or Path(ingest.uri)
-        return build(config, data=data, out=out, compute=execution.compute, progress=progress)
+        if not trains:
+            return build(config, data=None, out=work.out, compute=execution.compute, progress=work.progress)
+        return launch(
+            build,
+            execution.compute,
+            config=config,
+            data=work.inputs["ingest"],
+            out=work.out,
+            compute=execution.compute,
+            progress=work.progress,
+            checkpoints=work.checkpoints,
+        )
 
-    return conduct(identify(config, ingest=ingest.key), inputs, produce, execution, external=lambda: digest(config))
+    identity = identify(config, ingest=ingest.key)
+    return conduct(identity, inputs, produce, execution, lambda: digest(config), shared=trains, resumable=trains)

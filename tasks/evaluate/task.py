@@ -1,16 +1,15 @@
 """The Prefect side of `evaluate`."""
 
-from pathlib import Path
 from typing import Any
 
 from prefect.client.schemas.objects import State
 
 from tasks.artifacts import Artifact, Identity
+from tasks.distributed import launch
 from tasks.evaluate.config import EvaluateConfig
-from tasks.progress import Progress
-from tasks.task import Execution, conduct, step_task
+from tasks.task import Execution, Work, conduct, step_task
 
-VERSION = 1
+VERSION = 2
 
 
 def identify(config: EvaluateConfig, *, base: str, sft: str, reward: str, ppo: str, ingest: str) -> Identity:
@@ -32,10 +31,22 @@ def evaluate(
     """Everybody answers the same held-out questions; a verdict follows."""
     inputs = {"base": base, "sft": sft, "reward": reward, "ppo": ppo, "ingest": ingest}
 
-    def produce(folders: dict[str, Path], out: Path, progress: Progress) -> dict[str, Any]:
+    def produce(work: Work) -> dict[str, Any]:
         from tasks.evaluate.evaluate import evaluate
 
-        models = {name: folders[name] for name in ("base", "sft", "reward", "ppo")}
-        return evaluate(config, **models, data=folders["ingest"], out=out, compute=execution.compute, progress=progress)
+        return launch(
+            evaluate,
+            execution.compute,
+            config=config,
+            base=work.inputs["base"],
+            sft=work.inputs["sft"],
+            reward=work.inputs["reward"],
+            ppo=work.inputs["ppo"],
+            data=work.inputs["ingest"],
+            out=work.out,
+            compute=execution.compute,
+            progress=work.progress,
+        )
 
-    return conduct(identify(config, **{name: artifact.key for name, artifact in inputs.items()}), inputs, produce, execution)
+    identity = identify(config, **{name: artifact.key for name, artifact in inputs.items()})
+    return conduct(identity, inputs, produce, execution, shared=True)

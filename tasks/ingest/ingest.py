@@ -24,9 +24,9 @@ from tasks.ingest.identity import need_a_source
 from tasks.ingest.names import write_names
 from tasks.ingest.partitions import SPLITS, Outcome, Partition, piece, process
 from tasks.ingest.scan import Block, Scanned
-from tasks.ingest.scratch import scratch
 from tasks.ingest.writer import QUARANTINE, Job, Written, open_parquet, write_parquet
 from tasks.progress import Progress
+from tasks.scratch import scratch
 
 BUG = "this is a bug of ingest, please report it"
 BLOCK_BYTES = (8_000_000, 64_000_000, 1_500)  # smallest, largest, and how many there should not be more of

@@ -1,6 +1,5 @@
 """The Prefect side of `ingest`."""
 
-from pathlib import Path
 from typing import Any
 
 from prefect.client.schemas.objects import State
@@ -8,8 +7,7 @@ from prefect.client.schemas.objects import State
 from tasks.artifacts import Artifact, Identity
 from tasks.ingest.config import IngestConfig
 from tasks.ingest.identity import digest
-from tasks.progress import Progress
-from tasks.task import Execution, conduct, step_task
+from tasks.task import Execution, Work, conduct, step_task
 
 VERSION = 2
 
@@ -22,12 +20,12 @@ def identify(config: IngestConfig) -> Identity:
 def ingest(config: IngestConfig, execution: Execution) -> State[Artifact]:
     """From StackExchange dumps, or a simulated site, to questions, pairs and splits."""
 
-    def produce(_: dict[str, Path], out: Path, progress: Progress) -> dict[str, Any]:
+    def produce(work: Work) -> dict[str, Any]:
         from tasks.ingest.ingest import ingest
 
         # Beside the attempt, which a kill leaves to be removed: its scratch files are for the next one.
-        kept = out.parents[1] / f"{identity.key}.scratch"
-        return ingest(config, out=out, compute=execution.compute, progress=progress, kept=kept)
+        kept = work.out.parents[1] / f"{identity.key}.scratch"
+        return ingest(config, out=work.out, compute=execution.compute, progress=work.progress, kept=kept)
 
     identity = identify(config)
     return conduct(identity, {}, produce, execution, external=lambda: digest(config))

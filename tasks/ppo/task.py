@@ -1,16 +1,15 @@
 """The Prefect side of `ppo`."""
 
-from pathlib import Path
 from typing import Any
 
 from prefect.client.schemas.objects import State
 
 from tasks.artifacts import Artifact, Identity
+from tasks.distributed import launch
 from tasks.ppo.config import PPOConfig
-from tasks.progress import Progress
-from tasks.task import Execution, conduct, step_task
+from tasks.task import Execution, Work, conduct, step_task
 
-VERSION = 1
+VERSION = 2
 
 
 def identify(config: PPOConfig, *, sft: str, reward: str, ingest: str) -> Identity:
@@ -21,18 +20,21 @@ def identify(config: PPOConfig, *, sft: str, reward: str, ingest: str) -> Identi
 def ppo(config: PPOConfig, execution: Execution, *, sft: Artifact, reward: Artifact, ingest: Artifact) -> State[Artifact]:
     """Proximal policy optimization against the reward model."""
 
-    def produce(folders: dict[str, Path], out: Path, progress: Progress) -> dict[str, Any]:
+    def produce(work: Work) -> dict[str, Any]:
         from tasks.ppo.train import train
 
-        return train(
-            config,
-            sft=folders["sft"],
-            reward=folders["reward"],
-            data=folders["ingest"],
-            out=out,
+        return launch(
+            train,
+            execution.compute,
+            config=config,
+            sft=work.inputs["sft"],
+            reward=work.inputs["reward"],
+            data=work.inputs["ingest"],
+            out=work.out,
             compute=execution.compute,
-            progress=progress,
+            progress=work.progress,
+            checkpoints=work.checkpoints,
         )
 
     identity = identify(config, sft=sft.key, reward=reward.key, ingest=ingest.key)
-    return conduct(identity, {"sft": sft, "reward": reward, "ingest": ingest}, produce, execution)
+    return conduct(identity, {"sft": sft, "reward": reward, "ingest": ingest}, produce, execution, shared=True, resumable=True)

@@ -1,14 +1,12 @@
 """The Prefect side of `promote`: the decision is an artifact, the pointer is moved by compare-and-swap."""
 
-from pathlib import Path
 from typing import Any
 
 from prefect.client.schemas.objects import State
 
 from tasks.artifacts import Artifact, Identity, Pointer, Store, StoreError
-from tasks.progress import Progress
 from tasks.promote.config import PromoteConfig
-from tasks.task import Execution, conduct, step_task
+from tasks.task import Execution, Work, conduct, step_task
 
 VERSION = 1
 
@@ -49,13 +47,17 @@ def promote(
     champion = rival(store, config.pointer, evaluate.key)
     identity = identify(config, evaluate=evaluate.key, store=store)
 
-    def produce(folders: dict[str, Path], out: Path, progress: Progress) -> dict[str, Any]:
+    def produce(work: Work) -> dict[str, Any]:
         from tasks.promote.promote import promote
 
         metrics = promote(
-            config, evaluate=folders["evaluate"], champion=champion.to if champion else None, candidate=candidate, out=out
+            config,
+            evaluate=work.inputs["evaluate"],
+            champion=champion.to if champion else None,
+            candidate=candidate,
+            out=work.out,
         )
-        progress.note(metrics["reason"])
+        work.progress.note(metrics["reason"])
         if metrics["moved"] and not stands() and not store.move_pointer(config.pointer, candidate, number):
             raise StoreError(f"the {config.pointer} was moved by another run meanwhile: run again, and it is decided anew")
         return metrics

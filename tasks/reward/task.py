@@ -1,16 +1,15 @@
 """The Prefect side of `reward`."""
 
-from pathlib import Path
 from typing import Any
 
 from prefect.client.schemas.objects import State
 
 from tasks.artifacts import Artifact, Identity
-from tasks.progress import Progress
+from tasks.distributed import launch
 from tasks.reward.config import RewardConfig
-from tasks.task import Execution, conduct, step_task
+from tasks.task import Execution, Work, conduct, step_task
 
-VERSION = 1
+VERSION = 2
 
 
 def identify(config: RewardConfig, *, sft: str, ingest: str) -> Identity:
@@ -21,9 +20,20 @@ def identify(config: RewardConfig, *, sft: str, ingest: str) -> Identity:
 def reward(config: RewardConfig, execution: Execution, *, sft: Artifact, ingest: Artifact) -> State[Artifact]:
     """The reward model, and the judge, which watches PPO and never rewards it."""
 
-    def produce(folders: dict[str, Path], out: Path, progress: Progress) -> dict[str, Any]:
+    def produce(work: Work) -> dict[str, Any]:
         from tasks.reward.train import train
 
-        return train(config, sft=folders["sft"], data=folders["ingest"], out=out, compute=execution.compute, progress=progress)
+        return launch(
+            train,
+            execution.compute,
+            config=config,
+            sft=work.inputs["sft"],
+            data=work.inputs["ingest"],
+            out=work.out,
+            compute=execution.compute,
+            progress=work.progress,
+            checkpoints=work.checkpoints,
+        )
 
-    return conduct(identify(config, sft=sft.key, ingest=ingest.key), {"sft": sft, "ingest": ingest}, produce, execution)
+    identity = identify(config, sft=sft.key, ingest=ingest.key)
+    return conduct(identity, {"sft": sft, "ingest": ingest}, produce, execution, shared=True, resumable=True)

@@ -1,16 +1,15 @@
 """The Prefect side of `sft`."""
 
-from pathlib import Path
 from typing import Any
 
 from prefect.client.schemas.objects import State
 
 from tasks.artifacts import Artifact, Identity
-from tasks.progress import Progress
+from tasks.distributed import launch
 from tasks.sft.config import SFTConfig
-from tasks.task import Execution, conduct, step_task
+from tasks.task import Execution, Work, conduct, step_task
 
-VERSION = 1
+VERSION = 2
 
 
 def identify(config: SFTConfig, *, base: str, ingest: str) -> Identity:
@@ -21,9 +20,20 @@ def identify(config: SFTConfig, *, base: str, ingest: str) -> Identity:
 def sft(config: SFTConfig, execution: Execution, *, base: Artifact, ingest: Artifact) -> State[Artifact]:
     """Supervised fine-tuning on each question's best answer."""
 
-    def produce(folders: dict[str, Path], out: Path, progress: Progress) -> dict[str, Any]:
+    def produce(work: Work) -> dict[str, Any]:
         from tasks.sft.train import train
 
-        return train(config, base=folders["base"], data=folders["ingest"], out=out, compute=execution.compute, progress=progress)
+        return launch(
+            train,
+            execution.compute,
+            config=config,
+            base=work.inputs["base"],
+            data=work.inputs["ingest"],
+            out=work.out,
+            compute=execution.compute,
+            progress=work.progress,
+            checkpoints=work.checkpoints,
+        )
 
-    return conduct(identify(config, base=base.key, ingest=ingest.key), {"base": base, "ingest": ingest}, produce, execution)
+    identity = identify(config, base=base.key, ingest=ingest.key)
+    return conduct(identity, {"base": base, "ingest": ingest}, produce, execution, shared=True, resumable=True)

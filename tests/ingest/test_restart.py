@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.ingest import scratch
+from tasks import scratch
 
 CHILD = """
 import json, os, signal, sys
