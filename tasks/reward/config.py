@@ -39,5 +39,7 @@ class RewardConfig(StepConfig):
     max_new_tokens: int = Field(ge=1)
     """Length of those samples, tokens."""
     dtype: Literal["fp32", "bf16"] = "fp32"
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Bits of the frozen base's weights (bitsandbytes); adapters and head stay in fp32. PPO needs the same."""
     seed: int = 1
     """The judge uses seed + 1."""

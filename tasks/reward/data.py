@@ -2,7 +2,7 @@
 
 import hashlib
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,8 @@ class Encoded:
 
     @property
     def tokens(self) -> int:
-        return sum(len(self.query) + len(response) for response in self.responses)
+        """The query is read once."""
+        return len(self.query) + sum(map(len, self.responses))
 
 
 def read_questions(data: Path, split: str, limit: int | None, seed: int) -> list[Question]:
@@ -108,7 +109,7 @@ def encode(tokenizer: "PreTrainedTokenizerBase", question: Question, max_length:
     return Encoded(query, [list(ids) for ids in places], [(where[j], where[k]) for j, k in question.pairs], question.gaps, cut)
 
 
-def batches_of_questions(encoded: list[Encoded], max_tokens: int) -> Iterator[list[Encoded]]:
+def batches_of_questions(encoded: Sequence[Encoded], max_tokens: int) -> Iterator[list[Encoded]]:
     """Whole questions, in order, in groups of at most `max_tokens` tokens; a longer question is a group of its own."""
     group: list[Encoded] = []
     total = 0

@@ -13,8 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tasks import distributed
+from tasks.last_layer import hidden_rows
 from tasks.models import load_lora, save_lora, use
-from tasks.packing import Document, collate, hidden_states
+from tasks.packing import Tree, collate_trees
 
 HEAD_FILE = "head.safetensors"
 SCORE_FILE = "score.json"
@@ -73,41 +75,87 @@ class RewardModel:
     micro_batch_tokens: int = 16_384
     """Tokens in one forward pass of `scores`."""
 
-    def forward(self, sequences: list[list[int]], micro_batch_tokens: int | None = None) -> Tensor:
-        """Raw scores at each sequence's last token, in the order given; with gradients and dropout as they are switched; -> (B,).
+    def forward(self, queries: list[list[int]], responses: list[list[int]], micro_batch_tokens: int | None = None) -> Tensor:
+        """Raw scores at each response's last token, in the order given; with gradients and dropout as they are switched; -> (B,).
 
-        Sequences stand in one row and do not see each other (tasks.packing), so a score costs its own tokens and no padding.
+        Responses to the same query share it: it is encoded once (tasks.packing). Nothing is padded, no text sees another. Of
+        responses beyond `micro_batch_tokens` there is another pass.
         """
-        if not sequences:
-            return torch.zeros(0, device=self.head.weight.device)
-        parts, order = [], []
+        device = self.head.weight.device
+        passes = list(_passes(queries, responses, micro_batch_tokens or self.micro_batch_tokens))
+        parts = [torch.zeros(0, device=device)]
         with use(self.model, self.adapter_name):
-            for rows in similar_lengths([len(s) for s in sequences], micro_batch_tokens or self.micro_batch_tokens):
-                parts.append(self._last_scores([sequences[i] for i in rows]))
-                order += rows
-        return torch.cat(parts)[torch.tensor(order, device=parts[0].device).argsort()]
+            for number in range(distributed.rounds(len(passes))):
+                if number < len(passes):
+                    trees = [(queries[rows[0]], [responses[i] for i in rows]) for rows in passes[number]]
+                    parts.append(self._last_scores(trees))
+                else:  # another rank has more, and a pass over a model that is cut is made by all
+                    parts.append(self._last_scores([([0], [[0]])])[:0])
+        order = [i for trees in passes for rows in trees for i in rows]
+        return torch.cat(parts)[torch.tensor(order, dtype=torch.long, device=device).argsort()]
 
-    def _last_scores(self, sequences: list[list[int]]) -> Tensor:
-        documents = [Document(np.array(s, np.int32), first_label=len(s)) for s in sequences]  # no token carries a label
-        batch = collate(documents, self.head.weight.device)
-        hidden = hidden_states(self.model, batch)
+    def _last_scores(self, trees: list[tuple[list[int], list[list[int]]]]) -> Tensor:
+        arrays = [Tree(np.array(query, np.int32), [np.array(r, np.int32) for r in responses]) for query, responses in trees]
+        batch = collate_trees(arrays, self.head.weight.device)
         # by length and never by looking for an id: an answer may hold any, and EOS at its end is a real token
-        last = [start + len(s) - 1 for start, s in zip(batch.starts, sequences, strict=True)]
-        return self.head(hidden[torch.tensor(last, device=hidden.device)])[:, 0]
+        return self.head(hidden_rows(self.model, batch, batch.branch_ends))[:, 0]
 
     @torch.no_grad()
     def scores(self, queries: list[list[int]], responses: list[list[int]]) -> Tensor:
-        """Raw scores of the responses, without dropout or gradients; -> (B,) fp32, independent of batch and order."""
+        """Raw scores of the responses, without dropout or gradients; -> (B,) fp32, independent of batch and order to rounding."""
         was_training = self.model.training
         self.model.eval()
         try:
-            return self.forward([q + r for q, r in zip(queries, responses, strict=True)])
+            return self.forward(queries, responses)
         finally:
             self.model.train(was_training)
+
+    def shared_scores(self, queries: list[list[int]], responses: list[list[int]]) -> Tensor:
+        """`scores` of the same texts on every rank, each having scored its share of the queries."""
+        if distributed.world().size == 1:
+            return self.scores(queries, responses)
+        groups = list(_by_query(queries).values())
+        own = [i for rows in distributed.mine(groups) for i in rows]
+        found = iter(self.scores([queries[i] for i in own], [responses[i] for i in own]).tolist())
+        gathered = distributed.gather([[next(found) for _ in rows] for rows in distributed.mine(groups)], len(groups))
+        scores = torch.zeros(len(queries))
+        for rows, values in zip(groups, gathered, strict=True):
+            scores[rows] = torch.tensor(values)
+        return scores.to(self.head.weight.device)
 
     def normalise(self, scores: Tensor) -> Tensor:
         """(raw - mean) / std of SFT samples."""
         return (scores - self.mean) / self.std
+
+
+def _by_query(queries: list[list[int]]) -> dict[tuple[int, ...], list[int]]:
+    """Numbers of the texts of each query, in the order in which queries come."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, query in enumerate(queries):
+        groups.setdefault(tuple(query), []).append(i)
+    return groups
+
+
+def _passes(queries: list[list[int]], responses: list[list[int]], max_tokens: int) -> Iterator[list[list[int]]]:
+    """Texts by their numbers: of each pass the trees, of each tree the responses; at most `max_tokens` tokens a pass (or one text).
+
+    Long ones first, so that trees of a pass are alike. A query with more responses than fit is encoded once a pass.
+    """
+    trees: list[list[int]] = []
+    room = max_tokens
+    for query, rows in sorted(_by_query(queries).items(), key=lambda item: -len(item[0])):
+        tree: list[int] = []
+        for i in sorted(rows, key=lambda i: -len(responses[i])):
+            need = len(responses[i]) + (0 if tree else len(query))
+            if need > room and (trees or tree):
+                yield [*trees, tree] if tree else trees
+                trees, tree, room = [], [], max_tokens
+                need = len(responses[i]) + len(query)
+            tree.append(i)
+            room -= need
+        trees.append(tree)
+    if trees:
+        yield trees
 
 
 def similar_lengths(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:

@@ -2,14 +2,14 @@
 
 Both are a LoRA adapter and a head on sft's merged, frozen model; the judge learns from another split with another seed, so that
 it can tell when PPO has learnt to please the reward model alone. An optimizer step takes `questions_per_step` questions with all
-their pairs and encodes each distinct answer once.
+their pairs, and encodes each question once and each distinct answer once.
 """
 
 import json
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.compute import Compute, cores, fit_threads, is_small, prepare
-from tasks.models import adapter_parameters, add_lora, causal_lm, load_model, load_tokenizer
+from tasks import distributed
+from tasks.checkpoint import NO_CHECKPOINTS, Checkpoints, load_optimizer, optimizer_state, seed_step
+from tasks.compute import Compute, cores, fit_threads, is_small, pass_tokens, prepare
+from tasks.models import adapter_parameters, add_lora, causal_lm, checkpoint_gradients, load_model, load_tokenizer
 from tasks.optim import adamw, clip_gradients, fast_matmul, finite, set_learning_rate, warmup_linear
 from tasks.processes import side_by_side
 from tasks.progress import Progress
@@ -31,17 +33,26 @@ from tasks.reward.data import Encoded, Question, batches_of_questions, encode, r
 from tasks.reward.loss import reward_loss
 from tasks.reward.model import RewardModel, ScoreHead, load_reward, save
 from tasks.reward.report import write_report
-from tasks.rollout import Rollout, generate
+from tasks.rollout import Rollout, generate_shared
 
 CURVE_EVALUATIONS = 8
 Curve = list[dict[str, Any]]
 
 
-def train(config: RewardConfig, *, sft: Path, data: Path, out: Path, compute: Compute, progress: Progress) -> dict[str, Any]:
+def train(
+    config: RewardConfig,
+    *,
+    sft: Path,
+    data: Path,
+    out: Path,
+    compute: Compute,
+    progress: Progress,
+    checkpoints: Checkpoints = NO_CHECKPOINTS,
+) -> dict[str, Any]:
     """Reward model into `out`, judge into `out`/judge; both measured on the eval split beside baselines. Returns the metrics."""
     device = prepare(compute)
     tokenizer = load_tokenizer(sft / "model")
-    model: Any = load_model(sft / "model", config.dtype, device)
+    model: Any = load_model(sft / "model", config.dtype, device, config.quantization)
     fit_threads(compute, model)
     _fits(config, causal_lm(model).config.max_position_embeddings)
 
@@ -63,16 +74,19 @@ def train(config: RewardConfig, *, sft: Path, data: Path, out: Path, compute: Co
 
     folders = {"reward": out, "judge": out / "judge"}
     # A small model gains little by a second thread, so there the two learn side by side; the numbers are the same.
-    together = device.type == "cpu" and is_small(model) and (compute.threads or cores()) >= len(folders)
+    alone = distributed.world().size == 1  # a rank's own processes would be no part of the launch
+    together = alone and device.type == "cpu" and is_small(model) and (compute.threads or cores()) >= len(folders)
     own = compute.model_copy(update={"threads": 1}) if together else compute
     jobs = [
-        Job(name, config, sft, folders[name], splits[split], evaluated, samples, probes, seed, own, progress)
+        Job(
+            name, config, sft, folders[name], splits[split], evaluated, samples, probes, seed, own, progress, checkpoints.part(name)
+        )
         for name, split, seed in (("reward", "reward", config.seed), ("judge", config.judge_split, config.seed + 1))
     ]
     del model
     trained = dict(zip(folders, side_by_side(train_one, [(job,) for job in jobs], len(jobs) if together else 1), strict=True))
 
-    read_back: Any = load_model(sft / "model", config.dtype, device)  # as the next step will
+    read_back: Any = load_model(sft / "model", config.dtype, device, config.quantization)  # as the next step will
     for name, folder in folders.items():
         read_back = check_hand_over(read_back, folder, name, probes, torch.tensor(trained[name].expected)).model
 
@@ -103,6 +117,7 @@ class Job:
     seed: int
     compute: Compute
     progress: Progress
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
 
 
 @dataclass(frozen=True)
@@ -120,21 +135,26 @@ def train_one(job: Job) -> Trained:
     config, name = job.config, job.name
     device = prepare(job.compute)
     tokenizer = load_tokenizer(job.sft / "model")
-    model: Any = load_model(job.sft / "model", config.dtype, device)
+    model: Any = load_model(job.sft / "model", config.dtype, device, config.quantization)
     fit_threads(job.compute, model)
-    model = add_lora(model, config.lora, name, job.seed)
+    model = distributed.shard(add_lora(model, config.lora, name, job.seed), device)
+    if job.compute.gradient_checkpointing:
+        checkpoint_gradients(model)
     head = ScoreHead(causal_lm(model).config.hidden_size, job.seed).to(device)
-    reward = RewardModel(model, name, head, micro_batch_tokens=job.compute.micro_batch_tokens)
+    reward = RewardModel(model, name, head, micro_batch_tokens=pass_tokens(job.compute, device))
     encoded_eval = [_encode(config, tokenizer, q) for q in job.evaluated]
     few = min(256, max(16, len(job.questions) // 32))  # so that watching costs little beside training
     watched = encoded_eval[:: max(1, len(encoded_eval) // few)][:few]
     with fast_matmul(model):
-        curve = fit(config, reward, _Encodings(config, tokenizer, job.questions), watched, seed=job.seed, progress=job.progress)
+        curve = fit(
+            config, reward, _Encodings(config, tokenizer, job.questions), watched,
+            seed=job.seed, progress=job.progress, checkpoints=job.checkpoints,
+        )  # fmt: skip
     for parameter in [*adapter_parameters(model, name), *head.parameters()]:
         parameter.requires_grad_(False)
 
     job.progress.note(f"{name}: measuring on {len(job.evaluated)} questions of the eval split")
-    reward.mean, reward.std = score_scale(reward.scores(job.samples.queries, job.samples.responses))
+    reward.mean, reward.std = score_scale(reward.shared_scores(job.samples.queries, job.samples.responses))
     job.folder.mkdir(exist_ok=True)
     save(reward, job.folder)
     expected = reward.scores(*_columns(job.probes)).tolist()
@@ -149,8 +169,12 @@ def fit(
     *,
     seed: int,
     progress: Progress,
+    checkpoints: Checkpoints = NO_CHECKPOINTS,
 ) -> Curve:
-    """AdamW with a linear learning rate to 0, gradient clip 1; -> one dict a step, now and then with the accuracy on `watched`."""
+    """AdamW with a linear learning rate to 0, gradient clip 1; -> one dict a step, now and then with the accuracy on `watched`.
+
+    Goes on from the newest of the `checkpoints`, and ends in the bits that it would have ended in without a stop.
+    """
     curve: Curve = []
     steps_per_epoch = math.ceil(len(questions) / config.questions_per_step)
     total = steps_per_epoch * config.epochs
@@ -158,48 +182,68 @@ def fit(
     optimizer = adamw(parameters, config.learning_rate, config.weight_decay)
     warmup = min(config.warmup_steps, total - 1)
     evaluate_every = max(1, total // CURVE_EVALUATIONS)
-    torch.manual_seed(seed)  # dropout
-    step = 0
-    for epoch in range(config.epochs):
+    done = 0
+    if (state := checkpoints.load()) is not None:
+        with torch.no_grad():
+            for number, parameter in enumerate(parameters):
+                parameter.copy_(state.tensors[f"parameter/{number}"])
+        load_optimizer(optimizer, state.tensors)
+        done, curve = state.step, state.values["curve"]
+        progress.note(f"{reward.adapter_name}: resumed from step {done} of {total}")
+    for step in range(done, total):
+        seed_step(seed, step)  # dropout
+        epoch, place = divmod(step, steps_per_epoch)
         order = list(range(len(questions)))
         random.Random(f"{seed}/{epoch}").shuffle(order)
-        for start in range(0, len(order), config.questions_per_step):
-            batch = [questions[i] for i in order[start : start + config.questions_per_step]]
-            learning_rate = config.learning_rate * warmup_linear(step, total, warmup)
-            set_learning_rate(optimizer, learning_rate)
-            reward.model.train()
-            row = accumulate(reward, batch, config, reward.micro_batch_tokens)
-            row |= {"lr": learning_rate, "grad_norm": clip_gradients(optimizer, 1.0)}
-            for quantity in ("loss", "grad_norm"):
-                finite(
-                    row[quantity], f"{reward.adapter_name}'s {quantity}", step + 1, f"reward.learning_rate={config.learning_rate}"
-                )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            if step % evaluate_every == 0 or step == total:
-                row["eval/accuracy"] = float(wins(_differences(reward, watched)).mean())
-            curve.append({"model": reward.adapter_name, "step": step, **row})
-            progress(step, total, phase=reward.adapter_name, **row)
+        batch = [questions[i] for i in order[place * config.questions_per_step :][: config.questions_per_step]]
+        learning_rate = config.learning_rate * warmup_linear(step, total, warmup)
+        set_learning_rate(optimizer, learning_rate)
+        reward.model.train()
+        row = accumulate(reward, batch, config, reward.micro_batch_tokens)
+        distributed.sum_gradients(parameters)
+        row |= {"lr": learning_rate, "grad_norm": clip_gradients(optimizer, 1.0)}
+        for quantity in ("loss", "grad_norm"):
+            finite(row[quantity], f"{reward.adapter_name}'s {quantity}", step + 1, f"reward.learning_rate={config.learning_rate}")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % evaluate_every == 0 or step + 1 == total:
+            row["eval/accuracy"] = float(wins(_differences(reward, watched)).mean())
+        curve.append({"model": reward.adapter_name, "step": step + 1, **row})
+        progress(step + 1, total, phase=reward.adapter_name, **row)
+        checkpoints.after_step(
+            step + 1,
+            lambda: (
+                {f"parameter/{n}": p.detach() for n, p in enumerate(parameters)} | optimizer_state(optimizer),
+                {"curve": curve},
+            ),
+        )
     reward.model.eval()
     return curve
 
 
 def accumulate(reward: RewardModel, batch: list[Encoded], config: RewardConfig, micro_batch_tokens: int) -> dict[str, float]:
-    """Add the gradients of the batch's mean loss over questions, whole questions at a time; -> loss and accuracy of its pairs.
+    """Add the gradients of the batch's mean loss over questions, this rank's share; -> loss and accuracy of all the batch's pairs.
 
-    The micro-batches change nothing but the rounding (and which numbers LoRA's dropout draws).
+    Whole questions at a time. The micro-batches and ranks change nothing but the rounding (and the numbers of LoRA's dropout).
     """
-    loss, won, pairs = 0.0, 0.0, 0
-    for group in batches_of_questions(batch, micro_batch_tokens):
-        scores = reward.forward([q.query + response for q in group for response in q.responses], micro_batch_tokens)
+    # the longest first, so that the ranks' shares are alike
+    share = distributed.mine(sorted(batch, key=lambda q: -q.tokens))
+    groups = list(batches_of_questions(share, micro_batch_tokens))
+    loss, won = 0.0, 0.0
+    for number in range(distributed.rounds(len(groups))):
+        if number >= len(groups):  # another rank has more, and a pass over a model that is cut is made by all
+            (0 * reward.forward([[0]], [[0]]).sum()).backward()
+            continue
+        group = groups[number]
+        queries, responses = _columns([(q.query, response) for q in group for response in q.responses])
+        scores = reward.forward(queries, responses, sum(q.tokens for q in group))  # in one pass
         j_k, question, gap = (tensor.to(scores.device) for tensor in index_pairs(group))
         part = reward_loss(scores, j_k, question, config.gap_margin * gap, config.centering) / len(batch)
         part.backward()
         loss += part.item()
         won += float(((scores[j_k[:, 0]] - scores[j_k[:, 1]]).detach().sign().float() + 1).sum() / 2)
-        pairs += len(j_k)
-    return {"loss": loss, "accuracy": won / pairs}
+    loss, won = distributed.total(torch.tensor([loss, won], dtype=torch.float64)).tolist()
+    return {"loss": loss, "accuracy": won / sum(len(q.pairs) for q in batch)}
 
 
 def index_pairs(questions: list[Encoded]) -> tuple[Tensor, Tensor, Tensor]:
@@ -265,7 +309,7 @@ def _sft_samples(config: RewardConfig, model: Any, tokenizer: Any, questions: li
     random.Random(config.seed).shuffle(chosen)
     queries = [encode_query(tokenizer, q.text, config.max_query_tokens) for q in chosen[: config.score_samples]]
     queries = [queries[i % len(queries)] for i in range(config.score_samples)]
-    return generate(
+    return generate_shared(
         model, tokenizer, queries, max_new_tokens=config.max_new_tokens, temperature=1.0, seed=config.seed, device=device
     )  # fmt: skip
 
@@ -273,7 +317,7 @@ def _sft_samples(config: RewardConfig, model: Any, tokenizer: Any, questions: li
 def _differences(reward: RewardModel, questions: list[Encoded]) -> np.ndarray:
     """Score of j minus score of k, every pair of every question; -> (P,)."""
     texts = [(q.query, response) for q in questions for response in q.responses]
-    scores: Iterator[float] = iter(reward.scores(*_columns(texts)).tolist())
+    scores: Iterator[float] = iter(reward.shared_scores(*_columns(texts)).tolist())
     return differences([q.pairs for q in questions], [[next(scores) for _ in q.responses] for q in questions])
 
 

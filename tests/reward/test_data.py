@@ -114,7 +114,7 @@ def test_a_query_limit_that_leaves_no_room_for_a_response_is_refused(tokenizer):
 
 def test_micro_batches_hold_whole_questions_in_order_and_keep_to_the_limit():
     questions = [
-        Encoded([0] * 4, [[0] * n, [0]], [(0, 1)], [1], 0) for n in (11, 1, 21, 1, 1, 91)
+        Encoded([0] * 4, [[0] * n, [0]], [(0, 1)], [1], 0) for n in (15, 5, 25, 5, 5, 95)
     ]  # 20, 10, 30, 10, 10, 100 tokens
     groups = list(batches_of_questions(questions, max_tokens=30))
     assert [q for group in groups for q in group] == questions
