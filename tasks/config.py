@@ -1,8 +1,11 @@
 """What every step's configuration shares: frozen, no unknown keys, and an identity that leaves locations out."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
+
+Quantization = Literal["none", "8bit", "4bit"]
+"""Of a frozen base's weights (tasks/quantized.py). Here, because a configuration is read where torch is not loaded."""
 
 
 class StepConfig(BaseModel):

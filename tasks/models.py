@@ -5,8 +5,9 @@ and JSON only, and everything is loaded from local folders without remote code.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -15,8 +16,14 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
+
+from tasks import lora as fast_lora
+from tasks import quantized, soft_prompt, swiglu
+from tasks.config import Quantization
 
 transformers_logging.disable_progress_bar()  # our own progress is told by tasks.progress
 
@@ -43,26 +50,87 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return cast(PreTrainedTokenizerFast, tokenizer)
 
 
-def load_model(folder: Path, dtype: DType, device: torch.device | str) -> PreTrainedModel:
-    """A causal language model for reading: eval mode, frozen, SDPA attention; nothing may be missing from its weights."""
+def load_model(folder: Path, dtype: DType, device: torch.device | str, quantization: Quantization = "none") -> PreTrainedModel:
+    """A causal language model for reading: eval mode, frozen, SDPA attention; nothing may be missing from its weights.
+
+    With `quantization` the trunk's linear layers are rounded to 8 or 4 bits while they are read; `dtype` is what the rest is in,
+    and what products are made in.
+    """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no model here (config.json is missing)")
     load: Any = AutoModelForCausalLM.from_pretrained
-    model, info = load(
-        folder,
-        dtype=DTYPES[dtype],
-        attn_implementation="sdpa",
-        use_safetensors=True,  # never a pickle
-        local_files_only=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
+    how = quantized.load_settings(quantization, DTYPES[dtype])
+    prompt = soft_prompt.read(folder)
+    with _quiet(prompt is not None):  # transformers does not know what it is
+        model, info = load(
+            folder,
+            dtype=DTYPES[dtype],
+            attn_implementation="sdpa",
+            use_safetensors=True,  # never a pickle
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **({} if how is None else {"quantization_config": how, "device_map": {"": torch.device(device)}}),
+        )
     wrong = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if wrong:
         raise ValueError(
             f"{folder}: {len(wrong)} weights are missing or misshapen, first {wrong[0]}: not a whole causal language model"
         )
-    return cast(PreTrainedModel, model.eval().requires_grad_(False).to(device))
+    if prompt is not None:
+        soft_prompt.attach(model, prompt)
+    swiglu.save_memory(model)
+    model = model.eval().requires_grad_(False)
+    if how is None:
+        return cast(PreTrainedModel, model.to(device))
+    quantized.settle(model, device)
+    return cast(PreTrainedModel, model)
+
+
+@contextmanager
+def _quiet(really: bool) -> Iterator[None]:
+    before = transformers_logging.get_verbosity()
+    if really:
+        transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def checkpoint_gradients(model: PreTrainedModel | PeftModel) -> None:
+    """From now on keep only each decoder layer's input for the backward pass, which runs the layer again: less memory, same bits.
+
+    transformers' own switch does this in training mode alone, and PPO runs in eval mode.
+    """
+    layers = [module for module in trunk(model).modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(
+            f"compute.gradient_checkpointing: {type(causal_lm(model)).__name__} has no layers that can run again; turn it off"
+        )
+    for layer in layers:
+        layer.forward = partial(_run_again, causal_lm(model).config, layer, layer.forward)
+
+
+def _run_again(config: Any, layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    # By the time of the backward pass another adapter may be active, and another attention: the second run is to be like the first.
+    attention = config._attn_implementation
+    adapters = [(module, *_switches(module)) for module in layer.modules() if isinstance(module, LoraLayer)]
+
+    def as_before(*args: Any, **kwargs: Any) -> Any:
+        now = config._attn_implementation, [(module, *_switches(module)) for module, *_ in adapters]
+        try:
+            config._attn_implementation = attention
+            _switch(adapters)
+            return forward(*args, **kwargs)
+        finally:
+            config._attn_implementation = now[0]
+            _switch(now[1])
+
+    # Not the reentrant kind: it would give no gradients, because a frozen embedding's output asks for none.
+    return checkpoint(as_before, *args, use_reentrant=False, **kwargs)
 
 
 def cast_weights(model: PreTrainedModel, dtype: DType) -> PreTrainedModel:
@@ -130,6 +198,7 @@ def add_lora(model: PreTrainedModel | PeftModel, lora: LoRA, name: str, seed: in
             model = get_peft_model(model, config, adapter_name=name)
     _make(model, name, trainable=True)
     _activate(model, name)
+    fast_lora.speed_up(model)
     return model
 
 
@@ -151,6 +220,7 @@ def load_lora(model: PreTrainedModel | PeftModel, folder: Path, name: str, train
         )
     _make(model, name, trainable=trainable)
     _activate(model, name)
+    fast_lora.speed_up(model)
     return model.eval() if not trainable else model
 
 
@@ -175,14 +245,12 @@ def use(model: PreTrainedModel | PeftModel, name: str | None) -> Iterator[None]:
             raise ValueError(f"this model has no adapter {name!r}, it has none at all")
         yield
         return
-    layers = _lora_layers(model)
-    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    before = [(layer, *_switches(layer)) for layer in _lora_layers(model)]
     _activate(model, name)
     try:
         yield
     finally:
-        for layer, (active, disabled) in zip(layers, before, strict=True):
-            layer._active_adapter, layer._disable_adapters = active, disabled
+        _switch(before)
 
 
 def adapter_parameters(model: PeftModel, name: str) -> list[nn.Parameter]:
@@ -230,6 +298,22 @@ def check_logits(expected: Tensor, actual: Tensor, dtype: DType, what: str) -> d
     return result
 
 
+def check_requantised(expected: Tensor, actual: Tensor, rounding: dict[str, float], dtype: DType) -> dict[str, float]:
+    """compare_logits of a model tuned on rounded weights and of its merged form rounded anew, or ValueError.
+
+    The two were rounded apart, so they differ by about sqrt(2) of what one rounding costs (`rounding`, the same comparison for
+    the trained model with and without it); more than twice of that is another model.
+    """
+    result = compare_logits(expected, actual)
+    limit = 2 * rounding["rms_error"] + {"fp32": 1e-4, "bf16": 0.05}[dtype]
+    if not result["rms_error"] <= limit:
+        raise ValueError(
+            f"quantising the merged model changed it: logits differ by {result['rms_error']:.2g} of their spread, where rounding "
+            f"the base did by {rounding['rms_error']:.2g}: use sft.quantization=none"
+        )
+    return result
+
+
 def _lora_layers(model: PeftModel) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
@@ -237,6 +321,16 @@ def _lora_layers(model: PeftModel) -> list[Any]:
 def _adapter_state(model: PeftModel, name: str) -> dict[str, Tensor]:
     # "auto" would ask the hub whether the embeddings were resized.
     return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+
+
+def _switches(layer: Any) -> tuple[Any, bool]:
+    """Which adapters of a LoRA layer are active, and whether all are off."""
+    return layer._active_adapter, layer._disable_adapters
+
+
+def _switch(layers: list[tuple[Any, Any, bool]]) -> None:
+    for layer, active, disabled in layers:
+        layer._active_adapter, layer._disable_adapters = active, disabled
 
 
 def _activate(model: PeftModel, name: str | None) -> None:

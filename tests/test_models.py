@@ -1,10 +1,12 @@
 """Models and adapters: what every later step relies on."""
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tasks import models
+from tasks import models, packing, quantized
+from tasks.packing import Document, collate
 from tasks.sft.config import LoRAConfig
 
 LORA = LoRAConfig(r=4, alpha=8, dropout=0.0)
@@ -204,3 +206,88 @@ def test_a_model_with_a_weight_missing_is_refused(tiny_model, tmp_path):
     save_file(state, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"1 weights are missing.*model\.norm\.weight"):
         models.load_model(tmp_path / "model", "fp32", "cpu")
+
+
+def packed(*lengths):
+    rng = np.random.default_rng(0)
+    return collate([Document(rng.integers(2, 250, n).astype(np.int32), 1) for n in lengths], "cpu")
+
+
+def gradients(model, batch, name="policy"):
+    for parameter in models.adapter_parameters(model, name):
+        parameter.grad = None
+    with models.use(model, name):
+        loss = packing.hidden_states(model, batch).square().sum()
+    loss.backward()  # outside of `use`, as PPO does
+    return [p.grad.clone() for p in models.adapter_parameters(model, name)]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])
+def test_recomputed_layers_give_the_same_gradients_bit_for_bit(training, quantization, tiny_model):
+    """Also in eval mode, where PPO runs, with dropout, packed, and with another adapter active by the time of the backward pass."""
+    model = models.load_model(tiny_model / "model", "fp32", "cpu", quantization)
+    model = models.add_lora(model, LoRAConfig(r=4, alpha=8, dropout=0.1), "policy", seed=1)
+    model = models.add_lora(model, LORA, "value", seed=2).train(training)
+    scramble(model, "policy", 1)
+    scramble(model, "value", 2)
+    batch = packed(12, 40, 9)
+    torch.manual_seed(0)
+    expected = gradients(model, batch)
+    models.checkpoint_gradients(model)
+    kept = []
+    torch.manual_seed(0)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        actual = gradients(model, batch)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert all(gradient.abs().sum() > 0 for gradient in actual)
+    assert sum(t.numel() for t in kept) < 25 * batch.input_ids.numel() * 32  # of hidden size 32: nothing of a layer's inside
+
+
+@pytest.mark.parametrize(("quantization", "spread"), [("8bit", 0.05), ("4bit", 1.0)])
+def test_a_quantised_model_is_the_same_in_training_and_in_evaluation(quantization, spread, tiny_model):
+    exact = models.load_model(tiny_model / "model", "fp32", "cpu")
+    model = models.load_model(tiny_model / "model", "fp32", "cpu", quantization)
+    expected = run(model)
+    assert torch.equal(run(model.train()), expected)
+    assert 0 < models.compare_logits(run(exact), expected)["rms_error"] < spread
+    # Embedding and head keep all their bits.
+    assert torch.equal(model.get_input_embeddings().weight, exact.get_input_embeddings().weight)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert len(quantized.quantised_layers(model)) == 14
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_on_a_quantised_base_gradients_are_those_of_its_rounded_weights(dtype, quantization, tiny_model):
+    """Also after an evaluation, which in bitsandbytes' own 4 bits leaves them zero on some CPUs, without an error."""
+    model = models.load_model(tiny_model / "model", dtype, "cpu", quantization)
+    plain = models.load_model(tiny_model / "model", dtype, "cpu")
+    rounded = [quantized.dequantised(layer, plain.dtype) for layer in quantized.quantised_layers(model)]
+    linear = [m for m in models.trunk(plain).modules() if isinstance(m, torch.nn.Linear)]
+    for layer, weight in zip(linear, rounded, strict=True):
+        layer.weight.data = weight
+    both = [models.add_lora(m, LORA, "policy", seed=1).eval() for m in (model, plain)]
+    for m in both:
+        scramble(m, "policy")
+        run(m)
+    actual, expected = (gradients(m, packed(12, 40, 9)) for m in both)
+    assert all(g.abs().sum() > 0 for g in actual)
+    for a, b in zip(actual, expected, strict=True):
+        assert (a - b).abs().max() <= (1e-5 if dtype == "fp32" else 0.05) * b.abs().max()
+
+
+def test_merging_into_rounded_weights_is_refused(tiny_model):
+    adapted = models.add_lora(models.load_model(tiny_model / "model", "fp32", "cpu", "8bit"), LORA, "policy", seed=1)
+    with pytest.raises(ValueError, match="cannot merge an adapter into quantised weights"):
+        models.merged(adapted, "policy")
+
+
+def test_a_model_rounded_anew_may_differ_by_two_roundings_and_no_more():
+    torch.manual_seed(0)
+    exact, noise = torch.randn(20, 50), 0.05 * torch.randn(3, 20, 50)
+    rounding = models.compare_logits(exact, exact + noise[0])
+    result = models.check_requantised(exact + noise[0], exact + noise[1], rounding, "fp32")
+    assert result["rms_error"] == pytest.approx(0.05 * 2**0.5, rel=0.1)
+    with pytest.raises(ValueError, match="quantising the merged model changed it"):
+        models.check_requantised(exact + noise[0], exact + 3 * noise[1], rounding, "fp32")

@@ -43,3 +43,14 @@ def test_a_long_answer_loses_its_end_and_its_eos(tokenizer):
 @pytest.mark.parametrize("text", ["plain", "* a list\n* `code`", "    indented\nthen \u00e9\u4e2d\U0001f600", "1984 and 3.14"])
 def test_an_answer_comes_back_as_it_was(tokenizer, text):
     assert prompts.decode_response(tokenizer, prompts.encode_response(tokenizer, text)) == text.strip()
+
+
+def test_a_soft_prompt_s_ids_begin_where_the_model_s_rows_end(tiny_model):
+    tokenizer = models.load_tokenizer(tiny_model / "model")
+    plain, size = prompts.encode_query(tokenizer, "How?", 48), len(tokenizer)
+    assert prompts.soft_prompt(tokenizer) == []
+    prompts.add_soft_prompt(tokenizer, 3, first=size + 2)  # as of a model whose rows were padded
+    assert prompts.soft_prompt(tokenizer) == [size + 2, size + 3, size + 4]
+    assert prompts.encode_query(tokenizer, "How?", 48) == [size + 2, size + 3, size + 4, *plain]
+    assert len(prompts.encode_query(tokenizer, "How? " * 50, 48)) == 48
+    assert prompts.decode_response(tokenizer, [size, size + 2, *plain]) == prompts.decode_response(tokenizer, plain)

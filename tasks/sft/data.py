@@ -52,5 +52,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, question: str, answer: str, confi
     """Query and response, tokenized apart and joined: at most seq_length tokens; a long answer loses its end and its EOS."""
     query = prompts.encode_query(tokenizer, question, config.max_query_tokens)
     response = prompts.encode_response(tokenizer, answer, config.seq_length - len(query))
-    first_label = len(query) if config.loss_on == "answer" else 1
+    # A soft prompt is read and never predicted: the head has no rows for it.
+    soft = prompts.soft_prompt(tokenizer)
+    first_label = len(query) if config.loss_on == "answer" else query.index(soft[-1]) + 1 if soft else 1
     return Document(np.array(query + response, np.int32), first_label)

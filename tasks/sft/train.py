@@ -1,7 +1,8 @@
 """Supervised fine-tuning: the base learns to answer, from each question's best answer.
 
 Precision. `fp32`: everything. `bf16` with LoRA: base weights and activations bf16, adapter fp32. `bf16` with full tuning:
-fp32 master weights, products in bf16 under autocast, stored as bf16.
+fp32 master weights, products in bf16 under autocast, stored as bf16. A base in 8 or 4 bits is one while it is tuned; the adapter
+is merged into the base as it was.
 """
 
 import json
@@ -9,12 +10,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tasks import models, optim, packing
+from tasks import distributed, models, optim, packing, prompts, soft_prompt
 from tasks.base.fit import Fit, Fitted, fit
-from tasks.compute import Compute, fit_threads, prepare
+from tasks.checkpoint import NO_CHECKPOINTS, Checkpoints
+from tasks.compute import Compute, fit_threads, pass_tokens, prepare
+from tasks.config import Quantization
 from tasks.curves import draw, write_curves
 from tasks.progress import Progress
 from tasks.sft.config import SFTConfig
@@ -25,22 +29,43 @@ ADAPTER = "sft"
 PACKING_TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}  # root mean square, of the logits' standard deviation
 
 
-def train(config: SFTConfig, *, base: Path, data: Path, out: Path, compute: Compute, progress: Progress) -> dict[str, Any]:
+def train(
+    config: SFTConfig,
+    *,
+    base: Path,
+    data: Path,
+    out: Path,
+    compute: Compute,
+    progress: Progress,
+    checkpoints: Checkpoints = NO_CHECKPOINTS,
+) -> dict[str, Any]:
     """`base` and the sft split in; model/ (whole, merged), adapter/ (LoRA only), curves.json, checks.json, REPORT.md out."""
     device = prepare(compute)
     tokenizer = models.load_tokenizer(base / "model")
     autocast = config.dtype == "bf16" and config.tuning == "full"
-    model: Any = models.load_model(base / "model", "fp32" if autocast else config.dtype, device)
+    # A base that is to be cut among the processes need not fit on one of their devices.
+    place = torch.device("cpu") if distributed.world().sharded else device
+    model: Any = models.load_model(base / "model", "fp32" if autocast else config.dtype, place, config.quantization)
     fit_threads(compute, model)
     _check_lengths(config, model)
+    if config.tuning == "prompt":
+        prompts.add_soft_prompt(tokenizer, config.prompt_tokens, model.get_input_embeddings().num_embeddings)
     documents = load_documents(data, tokenizer, config)
-    probes = [[int(i) for i in document.ids] for document in documents.validation[:PROBES]]
-    checks: dict[str, Any] = {"packing": check_packing(model, [documents.validation[0], *documents.train[:PROBES]], config.dtype)}
-
     if config.tuning == "lora":
-        model = models.add_lora(model, config.lora, ADAPTER, config.seed)
+        model = models.add_lora(model, config.lora, ADAPTER, config.seed).eval()
+    elif config.tuning == "prompt":
+        ordinary = torch.from_numpy(np.concatenate([d.ids for d in documents.train])).long()
+        ordinary = ordinary[ordinary < model.get_input_embeddings().num_embeddings]
+        soft_prompt.attach(model, soft_prompt.start(model, ordinary, config.prompt_tokens, config.seed))
     else:
         model.requires_grad_(True)
+    if compute.gradient_checkpointing:
+        models.checkpoint_gradients(model)
+    model = distributed.shard(model, device)
+
+    probes = [[int(i) for i in document.ids] for document in documents.validation[:PROBES]]
+    some = [documents.validation[0], *documents.train[:PROBES]]
+    checks: dict[str, Any] = {"packing": check_packing(models.causal_lm(model), some, config.dtype, device)}
     how = Fit(
         steps=config.steps,
         rows=config.batch_size,
@@ -55,21 +80,13 @@ def train(config: SFTConfig, *, base: Path, data: Path, out: Path, compute: Comp
     )
     fitted = fit(
         model, documents.train, documents.validation, how,
-        device=device, micro_batch_tokens=compute.micro_batch_tokens, progress=progress,
+        device=device, micro_batch_tokens=pass_tokens(compute, device), progress=progress, checkpoints=checkpoints,
     )  # fmt: skip
 
-    trained = probe_logits(model, probes, tokenizer.pad_token_id)
-    if config.tuning == "lora":
-        models.save_lora(model, out / "adapter", ADAPTER)
-        # From the files, as every later step will read them; a hand-over is checked where it can still be refused.
-        model = models.merged(
-            models.load_lora(models.load_model(base / "model", config.dtype, device), out / "adapter", ADAPTER, False), ADAPTER
-        )
-    save_model(models.cast_weights(model, config.dtype), tokenizer, out / "model")
-    stored = models.load_model(out / "model", config.dtype, device)
-    name = "merge" if config.tuning == "lora" else "save"
-    checks[name] = models.check_logits(trained, probe_logits(stored, probes, tokenizer.pad_token_id), config.dtype, name)
-
+    trained = probe_logits(model, probes, tokenizer.pad_token_id, device)
+    if distributed.world().rank > 0:
+        return {}  # rank 0 stores
+    checks |= store(config, model, tokenizer, base=base, out=out, place=place, probes=probes, trained=trained)
     write_curves(out / "curves.json", fitted.curves)
     checks["documents"] = dict(sorted(documents.counts.items()))
     (out / "checks.json").write_text(json.dumps(checks, indent=2) + "\n")
@@ -88,13 +105,60 @@ def train(config: SFTConfig, *, base: Path, data: Path, out: Path, compute: Comp
     }
 
 
-def check_packing(model: PreTrainedModel, documents: list[packing.Document], dtype: str) -> dict[str, float]:
+def store(
+    config: SFTConfig,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    base: Path,
+    out: Path,
+    place: torch.device,
+    probes: list[list[int]],
+    trained: torch.Tensor,
+) -> dict[str, Any]:
+    """Write what was trained, merged into the base as it was before any rounding to 8 or 4 bits, and check the files.
+
+    `trained`: logits of the probes by the trained model.
+    """
+    quantised = config.quantization != "none"
+
+    def read(folder: Path, quantization: Quantization = "none") -> PreTrainedModel:
+        return models.load_model(folder / "model", config.dtype, place, quantization)
+
+    def logits(of: Any) -> torch.Tensor:
+        return probe_logits(of, probes, tokenizer.pad_token_id, place)
+
+    # From the files, as every later step will read them; a hand-over is checked where it can still be refused.
+    name, expected = "merge" if config.tuning == "lora" else "save", trained
+    if config.tuning == "lora":
+        models.save_lora(model, out / "adapter", ADAPTER)
+        model = models.load_lora(read(base), out / "adapter", ADAPTER, trainable=False)
+        expected = logits(model) if quantised else trained
+        model = models.merged(model, ADAPTER)
+    elif quantised:
+        prompt = model.get_input_embeddings().soft_prompt.detach()
+        model = read(base)
+        soft_prompt.attach(model, prompt)
+        expected = logits(model)
+    save_model(models.cast_weights(model, config.dtype), tokenizer, out / "model")
+    del model
+    checks: dict[str, Any] = {name: models.check_logits(expected, logits(read(out)), config.dtype, name)}
+    if quantised:
+        checks["quantised"] = models.compare_logits(expected, trained)
+        again = logits(read(out, config.quantization))
+        checks["quantised_again"] = models.check_requantised(trained, again, checks["quantised"], config.dtype)
+    return checks
+
+
+def check_packing(
+    model: PreTrainedModel, documents: list[packing.Document], dtype: str, device: torch.device | str = "cpu"
+) -> dict[str, float]:
     """Logits of documents packed into one row against those of each alone; an architecture that mixes them is refused."""
-    batch = packing.collate(documents, model.device)
+    batch = packing.collate(documents, device)
     with torch.no_grad():
         hidden = packing.hidden_states(model, batch)
         together = [models.logits(model, hidden[s : s + len(d.ids)]) for s, d in zip(batch.starts, documents, strict=True)]
-        alone = [model(torch.tensor(d.ids, dtype=torch.long, device=model.device)[None]).logits[0].float() for d in documents]
+        alone = [model(torch.tensor(d.ids, dtype=torch.long, device=device)[None]).logits[0].float() for d in documents]
     expected, actual = torch.cat(alone), torch.cat(together)
     error = float((actual - expected).square().mean().sqrt() / expected.std())
     if not error <= PACKING_TOLERANCE[dtype]:
@@ -104,11 +168,11 @@ def check_packing(model: PreTrainedModel, documents: list[packing.Document], dty
     return {"rms_error": error, "max_error": float((actual - expected).abs().max())}
 
 
-def probe_logits(model: Any, probes: list[list[int]], pad_id: int) -> torch.Tensor:
-    """Logits at every token of the probe texts, (N, V), dropout off."""
-    ids, mask = models.pad_right(probes, pad_id, models.causal_lm(model).device)
+def probe_logits(model: Any, probes: list[list[int]], pad_id: int, device: torch.device | str) -> torch.Tensor:
+    """Logits at every token of the probe texts, (N, V) on the CPU, dropout off."""
+    ids, mask = models.pad_right(probes, pad_id, device)
     with torch.no_grad():
-        return models.logits(model, models.hidden_states(model.eval(), ids, mask)[mask.bool()])
+        return models.logits(model, models.hidden_states(model.eval(), ids, mask)[mask.bool()]).cpu()
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -120,19 +184,27 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 def report(config: SFTConfig, documents: Documents, fitted: Fitted, checks: dict[str, Any]) -> str:
     """What was trained on, and how the loss went."""
     first = fitted.curves[0]["validation_loss"]
-    what = f"LoRA r {config.lora.r}" if config.tuning == "lora" else "all weights"
+    what = {
+        "lora": f"LoRA r {config.lora.r}",
+        "prompt": f"a prompt of {config.prompt_tokens} tokens",
+        "full": "all weights",
+    }[config.tuning]
+    base = config.dtype if config.quantization == "none" else f"{config.dtype}, base in {config.quantization}"
     hand_over = checks.get("merge") or checks["save"]
     left_out = {key: n for key, n in sorted(documents.counts.items()) if n and "documents" not in key}
     rows = [
         ("validation loss", f"{first:.4f} -> {fitted.validation_loss:.4f}"),
         ("validation perplexity", f"{math.exp(min(first, 700)):.2f} -> {math.exp(min(fitted.validation_loss, 700)):.2f}"),
-        ("tuned", f"{what}, {config.dtype}"),
+        ("tuned", f"{what}, {base}"),
         ("steps", f"{config.steps} ({fitted.epochs:.1f} epochs)"),
         ("tokens", f"{fitted.tokens:,} read, {fitted.label_tokens:,} with loss"),
         ("questions", f"{len(documents.train):,} trained on, {len(documents.validation):,} held back"),
         ("left out or cut", ", ".join(f"{key} {n:,}" for key, n in left_out.items()) or "none"),
         ("stored model against trained one", f"logits differ by {hand_over['rms_error']:.1e} of their spread"),
     ]
+    if (again := checks.get("quantised_again")) is not None:
+        what = f"stored model in {config.quantization} against trained one"
+        rows.append((what, f"{again['pair_flips']:.2%} of token pairs change order"))
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     return f"# sft\n\n| | |\n|---|---|\n{table}\n\n{draw(fitted.curves, ['loss', 'validation_loss'])}\n"
 
@@ -141,6 +213,11 @@ def _check_lengths(config: SFTConfig, model: PreTrainedModel) -> None:
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and config.seq_length > context:
         raise ValueError(f"sft.seq_length={config.seq_length} is longer than the base's context of {context}: lower it")
+    if config.tuning == "prompt" and config.prompt_tokens >= config.max_query_tokens:
+        raise ValueError(
+            f"sft.prompt_tokens={config.prompt_tokens} leaves no room for a question in "
+            f"sft.max_query_tokens={config.max_query_tokens}: lower it"
+        )
     if config.max_query_tokens >= config.seq_length:
         raise ValueError(
             f"sft.max_query_tokens={config.max_query_tokens} leaves no room for an answer in "
@@ -152,6 +229,9 @@ def _trainable(config: SFTConfig, out: Path) -> int:
     from safetensors import safe_open
 
     folder = out / ("adapter" if config.tuning == "lora" else "model")
+    if config.tuning == "prompt":
+        prompt = soft_prompt.read(folder)
+        return 0 if prompt is None else prompt.numel()
     total = 0
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:

@@ -97,6 +97,29 @@ def test_settings_are_json_or_else_text():
         parse_override("ppo.steps")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        ({"ppo.dtype": "bf16"}, "reward.dtype=fp32, ppo.dtype=bf16, evaluate.dtype=fp32: reward, ppo and evaluate share one base"),
+        ({"reward.quantization": "8bit", "ppo.quantization": "8bit"}, "evaluate.quantization=none: reward, ppo and evaluate share"),
+        (
+            {"sft.tuning": "full", "sft.quantization": "4bit"},
+            "sft.tuning=full trains the weights that sft.quantization=4bit rounds",
+        ),
+    ],
+)
+def test_models_that_would_not_meet_as_they_were_trained_are_refused(overrides, part):
+    assert part in message(overrides=overrides)
+
+
+def test_rounding_every_step_that_shares_the_base_is_fine():
+    steps = ("sft", "reward", "ppo", "evaluate")
+    config = resolve(overrides={f"{step}.quantization": "8bit" for step in steps})
+    assert {getattr(config, step).quantization for step in steps} == {"8bit"}
+    assert {getattr(STACKLLAMA_7B, step).quantization for step in steps} == {"8bit"}  # as the original's sft and ppo
+    assert {getattr(H100_80GB, step).quantization for step in steps} == {"none"}
+
+
 def test_presets_are_complete_and_survive_the_dashboards_json():
     for name, preset in PRESETS.items():
         assert preset.name == name

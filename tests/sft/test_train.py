@@ -13,6 +13,7 @@ from tasks.base.fit import Fit, fit, held_out, mean_loss
 from tasks.compute import Compute
 from tasks.packing import Document
 from tasks.progress import Progress, listening
+from tasks.prompts import decode_response, encode_query
 from tasks.sft.config import LoRAConfig, SFTConfig
 from tasks.sft.data import encode, load_documents
 from tasks.sft.train import check_packing, train
@@ -215,3 +216,63 @@ def test_an_architecture_that_lets_documents_see_each_other_is_refused(tiny_mode
     documents = [Document(np.arange(n, n + 12, dtype=np.int32), 1) for n in (5, 90)]
     with pytest.raises((ValueError, TypeError), match=r"keep packed documents apart|blocks"):
         check_packing(mamba, documents, "fp32")
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_a_quantised_base_learns_and_is_merged_into_the_base_as_it_was(quantization, tiny_model, toy_site, tmp_path):
+    config = change(lora=LoRAConfig(r=4, alpha=8, dropout=0.0), quantization=quantization)
+    metrics = run(tiny_model, toy_site, tmp_path, config)
+    assert metrics["loss"] < metrics["base_loss"] - 0.1
+    base, stored = (load_file(folder / "model" / "model.safetensors") for folder in (tiny_model, tmp_path))
+    assert {t.dtype for t in stored.values()} == {torch.float32}
+    # Only the adapted layers moved, and by no more than rank 4: nothing of the rounding is in the files.
+    for name, weight in stored.items():
+        moved = torch.linalg.matrix_rank(weight - base[name], atol=1e-4) if weight.ndim == 2 else (weight - base[name]).abs().sum()
+        assert moved == (4 if "proj" in name else 0), name
+    checks = json.loads((tmp_path / "checks.json").read_text())
+    assert checks["merge"]["rms_error"] < 1e-5
+    assert 0 < checks["quantised_again"]["rms_error"] <= 2 * checks["quantised"]["rms_error"] + 1e-4
+
+
+def test_a_soft_prompt_is_all_that_is_trained_and_no_model_can_write_it(tiny_model, toy_site, tmp_path):
+    metrics = run(tiny_model, toy_site, tmp_path, change(tuning="prompt", prompt_tokens=5, learning_rate=0.3, steps=20))
+    assert metrics["loss"] < metrics["base_loss"] - 0.1
+    assert metrics["trainable_parameters"] == 5 * 32
+    base, stored = (load_file(folder / "model" / "model.safetensors") for folder in (tiny_model, tmp_path))
+    assert set(stored) - set(base) == {"model.embed_tokens.soft_prompt"}
+    assert all(torch.equal(stored[name], base[name]) for name in base)
+    assert json.loads((tmp_path / "checks.json").read_text())["save"]["rms_error"] < 1e-5
+
+    model, tokenizer = models.load_model(tmp_path / "model", "fp32", "cpu"), models.load_tokenizer(tmp_path / "model")
+    query = encode_query(tokenizer, "How do I fit the wheel?", 48)
+    plain = encode_query(models.load_tokenizer(tiny_model / "model"), "How do I fit the wheel?", 48)
+    soft = [tokenizer.convert_tokens_to_ids(f"<|prompt_{i}|>") for i in range(5)]
+    assert query == soft + plain
+    assert decode_response(tokenizer, query) == decode_response(tokenizer, plain)
+    with torch.no_grad():
+        # What the paper does: the trained rows in front of the embedded text.
+        rows = torch.cat([stored["model.embed_tokens.soft_prompt"], base["model.embed_tokens.weight"][plain]])
+        expected = models.load_model(tiny_model / "model", "fp32", "cpu")(inputs_embeds=rows[None]).logits
+        logits = model(torch.tensor([query])).logits
+    assert torch.allclose(logits, expected, atol=1e-5)
+    assert logits.shape[-1] == min(soft)  # the head has no row for them
+
+
+def test_a_soft_prompt_goes_through_lora_and_merging_into_the_next_files(tiny_model, toy_site, tmp_path):
+    run(tiny_model, toy_site, tmp_path / "prompt", change(tuning="prompt", prompt_tokens=3, learning_rate=0.3, steps=1))
+    run(tmp_path / "prompt", toy_site, tmp_path / "lora", change(steps=1))
+    first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("prompt", "lora"))
+    assert torch.equal(first["model.embed_tokens.soft_prompt"], second["model.embed_tokens.soft_prompt"])
+    with pytest.raises(ValueError, match="carries a soft prompt already"):
+        run(tmp_path / "prompt", toy_site, tmp_path / "again", change(tuning="prompt"))
+
+
+def test_rounded_weights_cannot_be_trained():
+    with pytest.raises(ValueError, match=r"sft\.tuning=full trains the weights that sft\.quantization=8bit rounds"):
+        SFTConfig(**SMALL.model_dump() | {"tuning": "full", "quantization": "8bit"})
+
+
+def test_recomputed_layers_give_the_same_bytes(trained, tiny_model, toy_site, tmp_path):
+    run(tiny_model, toy_site, tmp_path, compute=CPU.model_copy(update={"gradient_checkpointing": True}))
+    weights = "model/model.safetensors"
+    assert (trained[0] / weights).read_bytes() == (tmp_path / weights).read_bytes()
