@@ -13,7 +13,7 @@ import torch
 from tasks import prompts
 from tasks.ingest.dataset import best_answer, iter_questions
 from tasks.reward.model import RewardModel
-from tasks.rollout import generate
+from tasks.rollout import generate_shared
 
 CHUNK = 256  # rows sampled between two signs of life; part of the seeding, so not a setting
 
@@ -77,12 +77,12 @@ def sample_answers(
     batch_size: int,
     told: Callable[[int, int], None],
 ) -> Answers:
-    """`samples` answers to each query, each from a random stream of its own."""
+    """`samples` answers to each query, each from a random stream of its own; the ranks share the work, and each gets them all."""
     rows = [query for query in queries for _ in range(samples)]
     ids: list[list[int]] = []
     finished: list[bool] = []
     for start in range(0, len(rows), CHUNK):
-        rollout = generate(
+        rollout = generate_shared(
             model, tokenizer, rows[start : start + CHUNK], max_new_tokens=max_new_tokens, temperature=temperature,
             seed=seed_of(seed, start), device=device, batch_size=batch_size,
         )  # fmt: skip
@@ -111,13 +111,13 @@ def scores_of(
 ) -> np.ndarray:
     """Scores in standard deviations of SFT samples; -> (Q, S). Answers are cut to `max_length` tokens together with their query.
 
-    Every distinct answer is scored once, so that equal answers tie exactly.
+    Every distinct answer is scored once, so that equal answers tie exactly; and each query is read once for all its answers.
     """
     keys = [
         [(q, tuple(answer[: max(1, max_length - len(query))])) for answer in row]
         for q, (query, row) in enumerate(zip(queries, answers))
     ]
     distinct = sorted({key for row in keys for key in row})
-    raw = reward.scores([queries[q] for q, _ in distinct], [list(answer) for _, answer in distinct])
+    raw = reward.shared_scores([queries[q] for q, _ in distinct], [list(answer) for _, answer in distinct])
     score = dict(zip(distinct, reward.normalise(raw.double()).tolist()))
     return np.array([[score[key] for key in row] for row in keys], dtype=np.float64)

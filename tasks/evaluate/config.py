@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tasks.config import StepConfig
+from tasks.config import Quantization, StepConfig
 
 
 class EvaluateConfig(StepConfig):
@@ -25,4 +25,6 @@ class EvaluateConfig(StepConfig):
     shown_samples: int = Field(12, ge=0)
     """Questions with all their answers side by side in the report."""
     dtype: Literal["fp32", "bf16"] = "fp32"
+    quantization: Quantization = "none"
+    """Of every model here: the one that `reward` and `ppo` were trained on."""
     seed: int = 1

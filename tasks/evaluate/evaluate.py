@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from tasks import prompts
-from tasks.compute import Compute, fit_threads, prepare
+from tasks.compute import SAMPLED_TOKENS, Compute, fit_threads, pass_tokens, prepare
+from tasks.distributed import shard
 from tasks.evaluate import plots, report
 from tasks.evaluate.answers import Answers, best_of, choose_questions, human_answers, sample_answers, scores_of, seed_of
 from tasks.evaluate.config import EvaluateConfig
@@ -35,7 +36,10 @@ def evaluate(
     compute: Compute,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Write verdict.json, tables.json, samples.json, plots/, report.html and REPORT.md under `out`; return the headline numbers."""
+    """Write verdict.json, tables.json, samples.json, plots/, report.html and REPORT.md under `out`; return the headline numbers.
+
+    Several processes share the sampling and scoring; each comes to the same tables.
+    """
     card = read_json(data / "card.json") or {}
     simulated = card.get("simulated") is True
     questions = choose_questions(data, config.max_questions, config.seed)
@@ -102,18 +106,28 @@ def write(
 ) -> tuple[dict[str, Answers], Divergence]:
     """The answers of human, base, sft, best-of-n and ppo, scored by reward model and judge; and how far the models differ."""
     device = prepare(compute)
+    for step, folder in (("reward", reward), ("ppo", ppo)):
+        trained_on = ((read_json(folder / "manifest.json") or {}).get("config") or {}).get("quantization", config.quantization)
+        if trained_on != config.quantization:
+            raise ValueError(
+                f"evaluate.quantization={config.quantization}, but {step} in {folder} was trained on {trained_on}: "
+                f"set evaluate.quantization={trained_on}"
+            )
     tokenizer = load_tokenizer(sft / "model")
-    if load_tokenizer(base / "model").get_vocab() != tokenizer.get_vocab():
+    base_tokenizer = load_tokenizer(base / "model")
+    if not base_tokenizer.get_vocab().items() <= tokenizer.get_vocab().items():
         raise ValueError(f"{base} and {sft} have different tokenizers: evaluate the base that sft was trained from")
     queries = [prompts.encode_query(tokenizer, q["question"], config.max_query_tokens) for q in questions]
-    batch_size = max(1, compute.micro_batch_tokens // (max(map(len, queries)) + config.max_new_tokens))
+    # the base has no rows for the tokens of a soft prompt, which sft may have put in front
+    base_queries = [prompts.encode_query(base_tokenizer, q["question"], config.max_query_tokens) for q in questions]
+    batch_size = max(1, (compute.micro_batch_tokens or SAMPLED_TOKENS) // (max(map(len, queries)) + config.max_new_tokens))
     human = human_answers(questions, tokenizer)
 
     def answer(model: Any, name: str, samples: int) -> Answers:
         return sample_answers(
             model,
             tokenizer,
-            queries,
+            base_queries if name == "base" else queries,
             samples=samples,
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
@@ -130,35 +144,36 @@ def write(
             responses,
             temperature=temperature,
             device=device,
-            batch_tokens=compute.micro_batch_tokens,
+            batch_tokens=pass_tokens(compute, device),
         )
 
-    def human_perplexity(model: Any) -> float:
+    def human_perplexity(model: Any, queries: list[list[int]]) -> float:
         room = model.config.max_position_embeddings
         cut = [row[0][: room - len(query)] for query, row in zip(queries, human.ids)]
         return perplexity(logprobs(model, queries, cut, temperature=1.0))
 
-    # the base model is a network of its own; sft keeps base's tokenizer, so both read and write the same ids
-    model: Any = load_model(base / "model", config.dtype, device)
+    # the base model is a network of its own; sft keeps base's tokenizer, so both write the same ids
+    model: Any = shard(load_model(base / "model", config.dtype, device, config.quantization), device)
     fit_threads(compute, model)
     everyone = {"human": human, "base": answer(model, "base", config.samples_per_question)}
-    perplexities = {"base": human_perplexity(model)}
+    perplexities = {"base": human_perplexity(model, base_queries)}
+    del model  # one base at a time
 
     # all the others are sft's model with one of three adapters, or none
-    model = load_model(sft / "model", config.dtype, device)
+    model = load_model(sft / "model", config.dtype, device, config.quantization)
     reward_model = load_reward(model, reward, "reward")
     judge = load_reward(reward_model.model, reward / "judge", "judge")
-    model = load_lora(judge.model, ppo / "policy", "policy", trainable=False).eval()
-    reward_model.micro_batch_tokens = judge.micro_batch_tokens = compute.micro_batch_tokens
+    model = shard(load_lora(judge.model, ppo / "policy", "policy", trainable=False).eval(), device)
+    reward_model.micro_batch_tokens = judge.micro_batch_tokens = pass_tokens(compute, device)
     max_length = min(reward_max_length(reward), model.config.max_position_embeddings)
     with use(model, None):
         everyone["sft"] = answer(model, "sft", config.samples_per_question)
         drawn = answer(model, "best-of-n", config.samples_per_question * config.best_of)
-        perplexities["sft"] = human_perplexity(model)
+        perplexities["sft"] = human_perplexity(model, queries)
     everyone["best-of-n"] = best_of(drawn, scores_of(reward_model, queries, drawn.ids, max_length), config.best_of)
     with use(model, "policy"):
         everyone["ppo"] = answer(model, "ppo", config.samples_per_question)
-        perplexities["ppo"] = human_perplexity(model)
+        perplexities["ppo"] = human_perplexity(model, queries)
 
     for done, (name, answers) in enumerate(everyone.items()):
         progress(done, len(everyone), phase=f"scores of {name}")

@@ -41,7 +41,7 @@ def test_equal_answers_get_equal_scores_and_each_is_scored_once():
     asked = []
 
     class Reward:
-        def scores(self, queries, responses):
+        def shared_scores(self, queries, responses):
             asked.extend(zip(map(tuple, queries), map(tuple, responses)))
             return torch.rand(len(queries))  # a model whose rounding depends on the batch, at its worst
 
@@ -57,7 +57,7 @@ def test_equal_answers_get_equal_scores_and_each_is_scored_once():
 
 def test_answers_are_cut_to_what_the_reward_model_was_trained_on():
     seen = []
-    reward = SimpleNamespace(scores=lambda q, r: seen.extend(r) or torch.zeros(len(r)), normalise=lambda s: s)
+    reward = SimpleNamespace(shared_scores=lambda q, r: seen.extend(r) or torch.zeros(len(r)), normalise=lambda s: s)
     scores_of(reward, [[1, 2, 3], [1, 2, 3, 4, 5, 6]], [[[5] * 10], [[6] * 10]], max_length=5)
     assert sorted(seen) == [[5, 5], [6]]  # a query that fills everything still leaves the answer a token
 

@@ -1,14 +1,19 @@
 """evaluate() from folder to folder, on a model that knows nothing."""
 
 import json
+import os
+import traceback
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.distributed as dist
 
+from tasks import distributed
 from tasks.compute import Compute
+from tasks.distributed import World
 from tasks.evaluate.evaluate import evaluate
 from tasks.ingest.simulated.world import ATTRIBUTES, PARTS, SITE
 from tasks.models import adapter_parameters, add_lora, load_model, load_tokenizer, save_lora
@@ -143,3 +148,50 @@ def test_models_with_different_tokenizers_are_refused(evaluate_config, models, t
     tokenizer.save_pretrained(tmp_path / "base" / "model")
     with pytest.raises(ValueError, match="different tokenizers"):
         run(evaluate_config, {**models, "base": tmp_path / "base"}, toy_site, tmp_path / "out")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_come_to_the_same_tables_as_one(
+    evaluated, evaluate_config, models, simulated_site, tmp_path, monkeypatch, strategy
+):
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            try:
+                torch.set_num_threads(1)  # the threads of the parent's pool are not here
+                dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=rank, world_size=2)
+                monkeypatch.setattr(distributed, "_world", World(rank, 2, strategy == "fsdp"))
+                run(evaluate_config, models, simulated_site, tmp_path / str(rank))
+                dist.barrier()
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    verdict, tables, samples = (
+        [(tmp_path / rank / f"{name}.json").read_bytes() for rank in "01"] for name in ("verdict", "tables", "samples")
+    )
+    assert verdict[0] == verdict[1]
+    assert tables[0] == tables[1]
+    alone, together = strict(evaluated[0] / "samples.json"), json.loads(samples[0])
+    for ours, theirs in zip(together, alone, strict=True):
+        assert {name: answer["text"] for name, answer in ours["answers"].items()} == {
+            name: answer["text"] for name, answer in theirs["answers"].items()
+        }
+    ours, theirs = (found["models"] for found in (json.loads(tables[0]), strict(evaluated[0] / "tables.json")))
+    for a, b in zip(ours, theirs, strict=True):
+        assert {name: score["value"] for name, score in a["scores"].items()} == pytest.approx(
+            {name: score["value"] for name, score in b["scores"].items()}, abs=1e-4
+        )
+
+
+def test_a_policy_is_evaluated_on_the_base_that_it_was_trained_on(evaluate_config, models, toy_site, tmp_path):
+    folder = tmp_path / "trained"
+    folder.mkdir()
+    for name in ("policy", "curves.json"):
+        (folder / name).symlink_to(models["ppo"] / name)
+    (folder / "manifest.json").write_text('{"config": {"quantization": "8bit"}}')
+    with pytest.raises(ValueError, match=r"ppo in .* was trained on 8bit: set evaluate.quantization=8bit"):
+        run(evaluate_config, {**models, "ppo": folder}, toy_site, tmp_path / "out")
