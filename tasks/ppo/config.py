@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from tasks.config import StepConfig
+from tasks.config import Quantization, StepConfig
 from tasks.sft.config import LoRAConfig
 
 
@@ -87,7 +87,16 @@ class PPOConfig(StepConfig):
     max_ratio: float = Field(10.0, gt=1)
     """A minibatch whose mean ratio exceeds this is skipped (row 16)."""
     guard: GuardConfig = GuardConfig()
+    engine: Literal["own", "vllm"] = "own"
+    """What samples the rollouts: our own loop, or vLLM (extra `vllm`, a CUDA device)."""
+    importance_cap: float = Field(2.0, ge=1)
+    """Of another engine's tokens: each counts p / p_engine times, at most so often (`losses.importance`)."""
+    old_logprobs: Literal["auto", "rollout", "forward"] = "auto"
+    """Old log-probabilities (and, with policy_trunk, values): the sampler's own, or of one more forward pass; auto: the
+    sampler's, where those of the first rollout are the forward pass's to 1e-5."""
     dtype: Literal["fp32", "bf16"] = "fp32"
+    quantization: Quantization = "none"
+    """Of the frozen base that all the models share."""
     seed: int = 1
 
     @model_validator(mode="after")
@@ -98,4 +107,6 @@ class PPOConfig(StepConfig):
             raise ValueError(f"ppo.batch_size ({self.batch_size}) must be a multiple of ppo.minibatch_size ({self.minibatch_size})")
         if self.value_warmup_steps >= self.steps:
             raise ValueError(f"ppo.value_warmup_steps ({self.value_warmup_steps}) must be below ppo.steps ({self.steps})")
+        if self.engine != "own" and self.old_logprobs == "rollout":
+            raise ValueError(f"ppo.old_logprobs=rollout, but ppo.engine={self.engine} computes otherwise than the update: use auto")
         return self

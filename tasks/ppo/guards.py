@@ -132,3 +132,19 @@ class Guard:
             "first_rollout": asdict(self.first) if self.first else None,
             "alarms": [asdict(alarm) for alarm in self.alarms],
         }
+
+    def state(self) -> dict[str, Any]:
+        """All that it has learnt, for JSON."""
+        return {
+            "first": asdict(self.first) if self.first else None,
+            "alarms": [asdict(alarm) for alarm in self.alarms],
+            "level": self.level,
+            "worse_judge": self.worse_judge,
+            "evaluations": [dict(evaluation) for evaluation in self.evaluations],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Be what `state()` was taken of."""
+        self.first = Health(**state["first"]) if state["first"] else None
+        self.alarms = [Alarm(**alarm) for alarm in state["alarms"]]
+        self.level, self.worse_judge, self.evaluations = state["level"], state["worse_judge"], list(state["evaluations"])

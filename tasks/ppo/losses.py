@@ -10,17 +10,27 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Clipped surrogate, (B, T) x 4 -> (), and the share of tokens where the clip decides (), and the mean ratio ().
 
     mean of max(-A ratio, -A clip(ratio, 1 - c, 1 + c)),  ratio = exp(logprobs - old_logprobs)   (eq. 7, with the sign of a loss)
+    `weights` (B, T) says how much each token counts: `importance` of tokens that another engine sampled.
     """
     ratio = torch.exp((logprobs - old_logprobs) * mask)
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
-    loss = masked_mean(torch.maximum(plain, clipped), mask)
+    worse = torch.maximum(plain, clipped)
+    loss = masked_mean(worse if weights is None else worse * weights, mask)
     return loss, masked_mean((clipped > plain).float(), mask), masked_mean(ratio.detach(), mask)
+
+
+def importance(logprobs: Tensor, engine_logprobs: Tensor, cap: float) -> Tensor:
+    """min(p / p_engine, cap): makes tokens drawn by an engine's p_engine stand for tokens drawn by p; any shape.
+
+    Truncated importance sampling (Ionides 2008, https://doi.org/10.1198/106186008X320456).
+    """
+    return (logprobs - engine_logprobs).exp().clamp(max=cap)
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange_value: float) -> tuple[Tensor, Tensor]:
