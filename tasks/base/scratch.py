@@ -9,11 +9,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from tasks import optim, prompts
+from tasks import distributed, optim, prompts
 from tasks.base.config import ScratchConfig
 from tasks.base.fit import Fit, Fitted, fit, held_out
-from tasks.compute import Compute, fit_threads
+from tasks.checkpoint import NO_CHECKPOINTS, Checkpoints
+from tasks.compute import Compute, fit_threads, pass_tokens
 from tasks.ingest.dataset import iter_questions
+from tasks.models import checkpoint_gradients
 from tasks.packing import Document
 from tasks.progress import Progress
 
@@ -49,37 +51,47 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
 
 
-def initialise(config: ScratchConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """A Llama with random weights, N(0, 0.02)."""
+def architecture(config: ScratchConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> LlamaConfig:
+    """The model's shape; without a tokenizer, that of one which came to all its tokens."""
     if config.hidden_size % (2 * config.heads):
         raise ValueError(
             f"base.scratch.hidden_size={config.hidden_size} must be a multiple of twice "
             f"base.scratch.heads={config.heads} (rotary positions)"
         )
+    return LlamaConfig(
+        vocab_size=config.vocab_size if tokenizer is None else len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads,
+        max_position_embeddings=config.context,
+        initializer_range=0.02,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None if tokenizer is None else tokenizer.eos_token_id,
+        pad_token_id=None if tokenizer is None else tokenizer.pad_token_id,
+    )
+
+
+def initialise(config: ScratchConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """A Llama with random weights, N(0, 0.02)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: Any = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=config.hidden_size,
-                intermediate_size=config.intermediate_size,
-                num_hidden_layers=config.layers,
-                num_attention_heads=config.heads,
-                num_key_value_heads=config.heads,
-                max_position_embeddings=config.context,
-                initializer_range=0.02,
-                tie_word_embeddings=True,
-                bos_token_id=None,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
+        model: Any = LlamaForCausalLM(architecture(config, tokenizer))
     model.set_attn_implementation("sdpa")
     return cast(PreTrainedModel, model)
 
 
 def train_scratch(
-    config: ScratchConfig, seed: int, *, data: Path, device: torch.device, compute: Compute, progress: Progress
+    config: ScratchConfig,
+    seed: int,
+    *,
+    data: Path,
+    device: torch.device,
+    compute: Compute,
+    progress: Progress,
+    checkpoints: Checkpoints = NO_CHECKPOINTS,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, Fitted]:
     """Tokenizer, then language modelling on whole threads; the questions held back are those of `sft`."""
     threads = list(iter_threads(data))
@@ -94,6 +106,10 @@ def train_scratch(
     model: Any = initialise(config, tokenizer, seed)
     model = model.to(device)
     fit_threads(compute, model)
+    if compute.gradient_checkpointing:
+        checkpoint_gradients(model)
+    if distributed.world().sharded:
+        progress.note("fsdp cuts frozen weights, and this model has none: each process holds it whole")
     warmup = round(WARMUP * config.steps)
     how = Fit(
         steps=config.steps,
@@ -107,7 +123,8 @@ def train_scratch(
         setting="base.scratch.learning_rate",
     )
     fitted = fit(
-        model, train, validation, how, device=device, micro_batch_tokens=compute.micro_batch_tokens, progress=progress
+        model, train, validation, how,
+        device=device, micro_batch_tokens=pass_tokens(compute, device), progress=progress, checkpoints=checkpoints,
     )  # fmt: skip
     return model, tokenizer, fitted
 

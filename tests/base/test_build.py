@@ -59,6 +59,15 @@ def test_a_scratch_model_learns_and_is_stored_whole(scratch):
     assert metrics["parameters"] == metrics["vocab_size"] * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32
 
 
+def test_layers_computed_again_instead_of_kept_give_the_same_model(scratch, toy_site, tmp_path):
+    compute = CPU.model_copy(update={"gradient_checkpointing": True})
+    config = BaseModelConfig(source="scratch", scratch=SCRATCH)
+    build(config, data=toy_site, out=tmp_path, compute=compute, progress=Progress("base"))
+    (kept, again) = (json.loads((folder / "curves.json").read_text()) for folder in (scratch[0], tmp_path))
+    assert [row["loss"] for row in again[1:]] == pytest.approx([row["loss"] for row in kept[1:]], abs=1e-5)
+    assert [row["grad_norm"] for row in again[1:]] == pytest.approx([row["grad_norm"] for row in kept[1:]], abs=1e-5)
+
+
 def test_its_eos_and_pad_are_two_tokens_and_digits_stand_alone(scratch):
     tokenizer = models.load_tokenizer(scratch[0] / "model")
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|eos|>", "<|pad|>")
