@@ -1,5 +1,6 @@
 """What runs, and in which order."""
 
+import logging
 import os
 
 # Prefect reads these when it is imported. An installed package brings no pyproject.toml, so they stand here.
@@ -12,3 +13,6 @@ for _name, _value in {
     "TOKENIZERS_PARALLELISM": "false",
 }.items():
     os.environ.setdefault(_name, _value)
+
+# Where it can it would fetch compiled code from the hub, and where it cannot it tells the user, at every start, to let it.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

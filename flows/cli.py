@@ -16,10 +16,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pydantic import ValidationError
+
 from flows.presets import PRESETS, STEPS, RLHFConfig, Step, parse_override, resolve
 from flows.show import Live, bytes_text, console, duration, table
 from tasks.artifacts import Manifest, Store, StoreError
 from tasks.compute import Compute
+from tasks.interrupt import Interrupted
 from tasks.progress import Update, listening
 from tasks.step import Event, Outcome, StepFailed, StepPlan, describe, watching
 
@@ -52,8 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"stackrlhf: {describe(error)}", file=sys.stderr)
         return WRONG if isinstance(error, ValueError) else FAILED
-    except KeyboardInterrupt:
-        print("stackrlhf: interrupted; what was finished is stored, run the same command to go on", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        when = f" ({stop})" if stop.args else ""
+        print(f"stackrlhf: interrupted{when}; what was finished is stored, run the same command to go on", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # `stackrlhf store ls | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -78,14 +82,8 @@ def parser() -> Parser:
     plan = verb("plan", plan_verb, "Which steps are stored, which would run, and why. Runs nothing.")
     for one in (run, plan):
         _configuration(one)
+        _execution(one)
         one.add_argument("--json", action="store_true", help="one JSON object on standard output, all else on standard error")
-    how = run.add_argument_group("how it is executed (changes no result)")
-    how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA where there is one")
-    how.add_argument("--threads", type=_count, help="threads of torch (default: all cores this process may use)")
-    how.add_argument("--workers", type=_count, help="processes of ingest (default: all cores this process may use)")
-    how.add_argument("--engine", choices=("processes", "dask", "ray"), default="processes", help="what runs the shards of ingest")
-    how.add_argument("--engine-address", metavar="ADDRESS", help="of a Dask or Ray cluster (default: one is started here)")
-    how.add_argument("--executor", choices=("inline",), default="inline", help="inline: the steps run in this process")
     run.add_argument("--require-better", action="store_true", help="exit with 3 unless the verdict is better")
 
     simulate = verb("simulate", simulate_verb, "Write a simulated site as a dump, whose truth is known.")
@@ -152,6 +150,26 @@ def _configuration(one: Parser) -> None:
     _store(one)
 
 
+def _execution(one: Parser) -> None:
+    """Every field of Compute, for `run` to obey and for `plan` to reckon with."""
+    how = one.add_argument_group("how it is executed (changes no result)")
+    how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA where there is one")
+    how.add_argument("--threads", type=_count, help="threads of torch (default: all cores this process may use)")
+    how.add_argument("--workers", type=_count, help="processes of ingest (default: all cores this process may use)")
+    how.add_argument("--engine", choices=("processes", "dask", "ray"), default="processes", help="what runs the shards of ingest")
+    how.add_argument("--engine-address", metavar="ADDRESS", help="of a Dask or Ray cluster (default: one is started here)")
+    how.add_argument("--processes", type=_count, default=1, help="processes of training: one a GPU of this machine (default 1)")
+    how.add_argument("--strategy", choices=("ddp", "fsdp"), default="ddp", help="fsdp: cut a base that does not fit one GPU")
+    how.add_argument("--machines", type=_count, default=1, help="machines that run this same command on one store (default 1)")
+    how.add_argument("--machine-rank", type=int, default=0, metavar="N", help="number of this machine, from 0")
+    how.add_argument("--rendezvous", metavar="HOST:PORT", help="where machine 0 can be reached by the others")
+    how.add_argument("--micro-batch-tokens", type=_count, metavar="N", help="tokens in one forward pass (default 2048 on a CPU, 16384 on CUDA)")
+    how.add_argument("--gradient-checkpointing", action="store_true", help="less memory for about 1.4 times the work")
+    how.add_argument("--checkpoint-seconds", type=float, metavar="S", help="how often training saves (default 300; 0: each step)")
+    how.add_argument("--executor", choices=("inline",), default="inline", help="inline: the steps run in this process")
+    how.add_argument("--allow-memory", action="store_true", help="run a step even if it seems to need more memory than is free")
+
+
 def _store(one: Parser) -> None:
     default = os.environ.get("STACKRLHF_STORE") or "./store"
     one.add_argument(
@@ -191,11 +209,12 @@ def _say(update: Update) -> None:
 
 
 def plan_verb(arguments: argparse.Namespace) -> int:
-    from flows.plan import estimate
+    from flows.plan import estimate, memory
 
+    compute = _compute(arguments)
     with _errors_only(logging.getLogger("tasks")):  # what is damaged or old is said in the plan itself
         config, store, plans = _prepare(arguments)
-    known = estimate(plans)
+    known, needed = estimate(plans), memory(config, store, plans, compute)
     if arguments.json:
         steps = {
             step: {
@@ -205,6 +224,7 @@ def plan_verb(arguments: argparse.Namespace) -> int:
                 "differences": list(plan.differences),
                 "warnings": list(plan.warnings),
                 **_numbers(plan.last, store if plan.stored else None),
+                "memory": asdict(needed[step]),
             }
             for step, plan in plans.items()
         }
@@ -215,7 +235,9 @@ def plan_verb(arguments: argparse.Namespace) -> int:
     rows = []
     for step, plan in plans.items():
         last = plan.last
-        usual = (duration(last.seconds), bytes_text(last.peak_memory_bytes), bytes_text(last.bytes)) if last else ("?", "?", "?")
+        peak = needed[step].peak_bytes
+        memory_text = "?" if peak is None else f"{'~' if needed[step].source == 'estimated' else ''}{bytes_text(peak)}"
+        usual = (duration(last.seconds) if last else "?", memory_text, bytes_text(last.bytes) if last else "?")
         rows.append((step, plan.identity.key[:12], "stored" if plan.stored else "to run", *usual, "" if plan.stored else plan.why))
     out = console(sys.stdout)
     out.print(table(f"{config.name}, store {store.uri}", ("step", "key", "state", "time", "memory", "disk", "why"), rows))
@@ -226,10 +248,16 @@ def plan_verb(arguments: argparse.Namespace) -> int:
     if waiting:
         unknown = f"; nothing is known yet about {', '.join(known.unknown)}" if known.unknown else ""
         out.print(
-            f"{len(waiting)} to run: about {duration(known.seconds)}, {bytes_text(known.peak_memory_bytes)} of memory, "
-            f"{bytes_text(known.disk_bytes)} of disk, going by what they or their likes took last time{unknown}",
+            f"{len(waiting)} to run: about {duration(known.seconds)} and {bytes_text(known.disk_bytes)} of disk, "
+            f"going by what they or their likes took last time{unknown}",
             markup=False,
         )
+        peak = max((needed[step].peak_bytes or 0 for step in waiting), default=0)
+        out.print(
+            f"memory: {bytes_text(peak)} at the peak; ~ is estimated from the model's shape, the rest was measured", markup=False
+        )
+        for note in sorted({needed[step].note for step in waiting if needed[step].source != "estimated" and needed[step].note}):
+            out.print(f"memory is not estimated: {note}", markup=False)
     else:
         out.print("all is stored")
     return DONE
@@ -245,14 +273,18 @@ def _errors_only(logger: logging.Logger) -> Iterator[None]:
         logger.setLevel(before)
 
 
+def _compute(arguments: argparse.Namespace) -> Compute:
+    """Every field of Compute is an option of the same name; one that is not given keeps its default."""
+    given = {name: value for name in Compute.model_fields if (value := getattr(arguments, name, None)) is not None}
+    try:
+        return Compute(**given)
+    except ValidationError as error:
+        wrong = [": ".join([*map(str, one["loc"]), one["msg"].removeprefix("Value error, ")]) for one in error.errors()]
+        raise ValueError("; ".join(wrong)) from error
+
+
 def run_verb(arguments: argparse.Namespace) -> int:
-    compute = Compute(
-        device=arguments.device,
-        threads=arguments.threads,
-        workers=arguments.workers,
-        engine=arguments.engine,
-        engine_address=arguments.engine_address,
-    )
+    compute = _compute(arguments)
     config, store, plans = _prepare(arguments)
     outcomes: dict[str, Outcome] = {}
     states: dict[str, str] = dict.fromkeys(plans, "to-run")
@@ -271,9 +303,8 @@ def run_verb(arguments: argparse.Namespace) -> int:
             from flows.rlhf import rlhf
 
             rlhf(config=config, refresh=arguments.refresh, until=arguments.until, store=store.uri, compute=compute)
-        except BaseException as error:  # Prefect turns SIGTERM into a TerminationSignal of its own
-            interrupted = isinstance(error, SystemExit | KeyboardInterrupt) or type(error).__name__ == "TerminationSignal"
-            failure = KeyboardInterrupt() if interrupted else error
+        except BaseException as error:
+            failure = _interruption(error) or error
     log = _write_log(store, failure) if failure is not None and not isinstance(failure, KeyboardInterrupt) else None
     evaluated = store.open(outcomes["evaluate"].artifact) if "evaluate" in outcomes else None
     verdict = _verdict(evaluated)
@@ -322,6 +353,16 @@ def _terminal(live: Live) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
         root.removeHandler(ours)
         logging.captureWarnings(False)
+
+
+def _interruption(error: BaseException) -> KeyboardInterrupt | None:
+    """What Ctrl-C and SIGTERM become on their way through Prefect, which makes a TerminationSignal of its own of the latter."""
+    if not isinstance(error, SystemExit | KeyboardInterrupt | Interrupted) and type(error).__name__ != "TerminationSignal":
+        return None
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, Interrupted):
+        cause = cause.__context__
+    return KeyboardInterrupt(*(cause.args if cause else ()))
 
 
 def _is_the_users(failure: BaseException) -> bool:

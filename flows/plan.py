@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from flows.memory import PROCESS, MemoryEstimate, Unknown, architecture_of, traced_estimate
 from flows.presets import STEPS, RLHFConfig, Step
 from tasks.artifacts import Identity, Store
 from tasks.base.task import identify as base
+from tasks.compute import Compute
 from tasks.evaluate.task import identify as evaluate
 from tasks.ingest.task import identify as ingest
 from tasks.ppo.task import identify as ppo
@@ -24,6 +27,17 @@ class Estimate:
     disk_bytes: int
     unknown: tuple[str, ...]
     """Steps of which nothing is stored, so that nothing is known."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a step will take at its peak, and how that is known."""
+
+    peak_bytes: int | None
+    source: Literal["estimated", "measured", "unknown"]
+    """estimated: from the shape of the model and the settings; measured: by the manifest of this step, or of its like."""
+    note: str = ""
+    """The phase that takes most, or why nothing could be estimated."""
 
 
 def identities(config: RLHFConfig, store: Store) -> dict[Step, Identity]:
@@ -68,6 +82,26 @@ def estimate(plans: dict[Step, StepPlan]) -> Estimate:
         disk_bytes=sum(m.bytes for m in known),
         unknown=tuple(step for step, last in waiting if last is None),
     )
+
+
+def memory(config: RLHFConfig, store: Store, plans: dict[Step, StepPlan], compute: Compute) -> dict[Step, Memory]:
+    """Of every step of the plan: of a stored one what it took, of the others what they will. Loads torch if any is to train."""
+    base = plans.get("base")
+    stored = store.open(store.artifact(base.last)) if base is not None and base.stored and base.last is not None else None
+    found: dict[Step, Memory] = {}
+    for step, plan in plans.items():
+        note = ""
+        if step in PROCESS and not plan.stored:
+            try:
+                one: MemoryEstimate = traced_estimate(step, config, architecture_of(config.base, stored), compute)
+            except Unknown as error:
+                note = str(error)
+            else:
+                found[step] = Memory(one.peak_bytes, "estimated", one.phase)
+                continue
+        last = plan.last
+        found[step] = Memory(last.peak_memory_bytes, "measured", note) if last is not None else Memory(None, "unknown", note)
+    return found
 
 
 def check_steps(names: Sequence[str]) -> None:

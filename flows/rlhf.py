@@ -1,10 +1,12 @@
 """The whole pipeline. Also the main job: `python -m flows.rlhf` is `stackrlhf run`."""
 
+import logging
 import os
 from typing import Any
 
 from prefect import Task, flow, runtime
 
+from flows.memory import before_running
 from flows.plan import check_steps, identities
 from flows.presets import TINY, RLHFConfig, Step, resolve
 from tasks.artifacts import Artifact, Store
@@ -17,6 +19,8 @@ from tasks.promote.task import promote as promote_task
 from tasks.reward.task import reward as reward_task
 from tasks.sft.task import sft as sft_task
 from tasks.task import Execution
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_COMPUTE = Compute()
 
@@ -81,6 +85,7 @@ class _Run:
         if self.until in self.made:
             return None
         step = task.name
+        self._check_memory(step, inputs)
         execution = Execution(store=self.store.uri, compute=self.compute, refresh=step in self.refresh)
         state: Any = task(getattr(self.config, step), execution, **inputs, return_state=True)
         artifact: Artifact = state.result()  # raises what the step raised
@@ -88,6 +93,15 @@ class _Run:
         assert step == "promote" or artifact.key == self.plan[step].key, f"{step} ran under another key than the plan's"  # type: ignore[index]
         self.made[step] = artifact
         return artifact
+
+    def _check_memory(self, step: Any, inputs: dict[str, Artifact | None]) -> None:
+        """ValueError before a step begins that the machine has no memory for."""
+        digests = {name: artifact.digest for name, artifact in inputs.items() if artifact is not None}
+        if step in self.refresh or self.store.find(self.plan[step], digests) is None:
+            base = self.made.get("base")
+            warning = before_running(step, self.config, self.store.open(base) if base else None, self.compute)
+            if warning:
+                logger.warning(warning)
 
 
 if __name__ == "__main__":
