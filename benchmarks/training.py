@@ -6,9 +6,10 @@
     python benchmarks/training.py sft --quick        # ours alone on a toy model: does the script work?
 
 Contestants: *ours* calls this repository's own training code. *trl* are the trainers of TRL 1.16 (sft, reward) and 1.12, the last
-release with a PPO trainer; `trl_default` is what they do when nobody says otherwise (bf16 autocast, gradient checkpointing, sft
-packed with `bfd`), `trl_fast` and `trl_best` the best we found (fp32, no checkpointing, products through oneDNN), `trl_wrapped`
-their packing without borders. *way_2023* is how StackLLaMA trained. All have the same frozen base in fp32 (ours_bf16: bf16), the
+release with a PPO trainer; `trl_default` is what they do when nobody says otherwise (bf16 autocast, gradient checkpointing, a batch
+of 8, sft packed with `bfd`), `trl_fp32` and `trl_bf16` the best we found (no checkpointing, sft one row at a time, fp32 through
+oneDNN where that helps), `trl_one_row` the defaults but one row at a time, `trl_wrapped` their packing without borders, in bf16.
+*way_2023* is how StackLLaMA trained, in fp32 and in bf16. All have the same frozen base in fp32 (ours_bf16: bf16), the
 same LoRA (r 16 on every linear layer), the same token ids and as many of them in an optimizer step. TRL gets an environment of its
 own in ${XDG_CACHE_HOME:-~/.cache}/stackrlhf/benchmarks, made when it is missing.
 
@@ -42,9 +43,9 @@ from peers import environments  # noqa: E402
 DUMP = ROOT.parent / "shared" / "data" / "dumps" / "2020-06" / "beer.stackexchange.com.7z"
 UNIT = {"sft": "tokens", "reward": "pairs", "ppo": "samples"}
 VARIANTS = {
-    "sft": ["ours", "trl_default", "ours_bf16", "trl_fast", "trl_wrapped", "way_2023"],
-    "reward": ["ours", "trl_default", "ours_bf16", "trl_best", "way_2023"],
-    "ppo": ["ours", "trl_default", "ours_bf16", "trl_best", "ours_adapter"],
+    "sft": ["ours", "trl_default", "ours_bf16", "trl_one_row", "trl_fp32", "trl_bf16", "trl_wrapped", "way_2023", "way_2023_bf16"],
+    "reward": ["ours", "trl_default", "ours_bf16", "trl_fp32", "trl_bf16", "way_2023", "way_2023_bf16"],
+    "ppo": ["ours", "trl_default", "ours_bf16", "trl_fp32", "trl_bf16", "ours_adapter"],
 }
 
 
@@ -58,25 +59,22 @@ def contestant(verb: str, name: str, folder: Path, threads: int) -> dict[str, An
         if verb == "ppo":
             return ours.ppo(folder, work, dtype, threads, "adapter" if name == "ours_adapter" else "policy_trunk")
         return (ours.sft if verb == "sft" else ours.reward)(folder, work, dtype, threads)
-    if name == "way_2023":
+    if name.startswith("way_2023"):
         from peers import way_2023
 
-        return (way_2023.sft if verb == "sft" else way_2023.reward)(folder, work, threads)
-    fast = name != "trl_default"
+        return (way_2023.sft if verb == "sft" else way_2023.reward)(folder, work, threads, bf16=name.endswith("bf16"))
+    from peers import trl_trainers
+
+    setting: trl_trainers.Setting = "fp32" if name == "trl_fp32" else "bf16" if name in ("trl_bf16", "trl_wrapped") else "default"
     if verb == "ppo":
         from peers import trl_ppo
 
-        return trl_ppo.ppo(folder, work, threads, best=fast)
-    from peers import trl_trainers
-
+        return trl_ppo.ppo(folder, work, threads, setting)
     if verb == "reward":
-        return trl_trainers.reward(folder, work, threads, fast, per_device=8)
-    # Its dense mask over all that one pass holds makes TRL's bfd the slower the wider the pass. By default it takes 8 rows, or all
-    # of a step where that has fewer; one at a time is its best.
-    wrapped, rows = name == "trl_wrapped", work["size"]["rows_per_step"]
-    return trl_trainers.sft(
-        folder, work, threads, fast, "wrapped" if wrapped else "bfd", per_device=1 if fast and not wrapped else rows
-    )
+        return trl_trainers.reward(folder, work, threads, setting, per_device=8)
+    # Its dense mask over all that one pass holds makes TRL's bfd the slower the wider the pass: 8 rows by default, one at its best.
+    rows = min(8, work["size"]["rows_per_step"]) if name in ("trl_default", "trl_wrapped") else 1
+    return trl_trainers.sft(folder, work, threads, setting, "wrapped" if name == "trl_wrapped" else "bfd", per_device=rows)
 
 
 def run(verb: str, name: str, folder: Path, threads: int) -> dict[str, Any]:
@@ -112,7 +110,7 @@ def summary(verb: str, work: dict[str, Any], rounds: dict[str, list[dict[str, An
     if verb == "ppo":
         difference = {"plain": work["ppo"]["logprob_difference"]}
     else:
-        losses = {name: runs[0]["loss"] for name, runs in rounds.items() if name in ("ours", "trl_default", "trl_fast", "trl_best")}
+        losses = {name: runs[0]["loss"] for name, runs in rounds.items() if name in ("ours", "trl_default", "trl_fp32")}
         mine, others = losses.pop("ours"), {"plain": work[verb]["plain_loss"], **losses}
         difference = {name: abs(mine - loss) / abs(loss) for name, loss in others.items()}
     return {

@@ -1,16 +1,16 @@
-"""The PPO of the last TRL that had one (1.12.0), at its defaults and at its best."""
+"""The PPO of the last TRL that had one (1.12.0): at its defaults, and at its best in fp32 and in bf16."""
 
 from pathlib import Path
 from typing import Any
 
 from peers.meter import Meter
-from peers.trl_trainers import arguments, lora
+from peers.trl_trainers import Setting, arguments, lora
 
 STEPS = 1
 """Under the clock, after one to warm up; its steps are long."""
 
 
-def ppo(folder: Path, work: dict[str, Any], threads: int, best: bool) -> dict[str, Any]:
+def ppo(folder: Path, work: dict[str, Any], threads: int, setting: Setting) -> dict[str, Any]:
     """PPOTrainer as its example sets it up: policy with LoRA, reference with the adapter off, reward and value models; samples.
 
     By default the value model is trained whole, as in TRL's example. At its best it has LoRA too, put inside it.
@@ -21,7 +21,7 @@ def ppo(folder: Path, work: dict[str, Any], threads: int, best: bool) -> dict[st
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-    given = arguments(folder, threads, best)
+    given = arguments(folder, threads, setting, onednn=False)
     del given["train_sampling_strategy"]
     meter = Meter()
     size, queries = work["size"], work["ppo"]["queries"]
@@ -31,7 +31,7 @@ def ppo(folder: Path, work: dict[str, Any], threads: int, best: bool) -> dict[st
     for model in (reward_model, value_model):
         with torch.no_grad():
             model.score.weight[0] = torch.tensor(work["reward"]["head"])
-    if best:
+    if setting != "default":
         value_model.requires_grad_(False)
         value_model = inject_adapter_in_model(lora("SEQ_CLS"), value_model)
         value_model.score.requires_grad_(True)

@@ -1,24 +1,28 @@
-"""TRL's trainers for supervised fine-tuning and reward models, at their defaults and at their best."""
+"""TRL's trainers for supervised fine-tuning and reward models: at their defaults, and at their best in fp32 and in bf16."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peers.meter import Meter
 from peers.workload import LAYERS, LORA, probe
 
-FAST: dict[str, Any] = {"bf16": False, "gradient_checkpointing": False}
+Setting = Literal["default", "fp32", "bf16"]
 
 
-def arguments(folder: Path, threads: int, fast: bool) -> dict[str, Any]:
-    """What every run is given, and nothing that a trainer has a default for but what must be equal."""
+def arguments(folder: Path, threads: int, setting: Setting, onednn: bool = True) -> dict[str, Any]:
+    """What every run is given, and nothing that a trainer has a default for but what must be equal.
+
+    `onednn`: fp32 products go there; its many small products of attention are slower for it, which PPO pays more than it gains.
+    """
     import torch
 
     torch.set_num_threads(threads)
-    if fast:
-        torch.set_float32_matmul_precision("medium")  # exact fp32 where the CPU has no AMX; goes to oneDNN
+    if setting == "fp32" and onednn:
+        torch.set_float32_matmul_precision("medium")  # exact fp32 where the CPU has no AMX
+    best = {"bf16": setting == "bf16", "gradient_checkpointing": False}
     return {
         "output_dir": str(folder / "trl"), "use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
-        "train_sampling_strategy": "sequential", "dataloader_pin_memory": False, **(FAST if fast else {}),
+        "train_sampling_strategy": "sequential", "dataloader_pin_memory": False, **(best if setting != "default" else {}),
     }  # fmt: skip
 
 
@@ -47,7 +51,7 @@ def _train(trainer: Any, meter: Meter, warm: int, steps: int) -> None:
     trainer.train()
 
 
-def sft(folder: Path, work: dict[str, Any], threads: int, fast: bool, packing: str, per_device: int) -> dict[str, Any]:
+def sft(folder: Path, work: dict[str, Any], threads: int, setting: Setting, packing: str, per_device: int) -> dict[str, Any]:
     """SFTTrainer on packed rows, `rows_per_step` of them a step; tokens."""
     import torch
     from datasets import Dataset
@@ -55,7 +59,7 @@ def sft(folder: Path, work: dict[str, Any], threads: int, fast: bool, packing: s
     from trl import SFTConfig, SFTTrainer
 
     size = work["size"]
-    given = arguments(folder, threads, fast)
+    given = arguments(folder, threads, setting)
     meter = Meter()
     documents = work["sft"]["documents"]
     labels = [[-100] * first + ids[first:] for ids, first in documents]
@@ -84,14 +88,14 @@ def sft(folder: Path, work: dict[str, Any], threads: int, fast: bool, packing: s
     return meter.result(tokens, loss=loss)
 
 
-def reward(folder: Path, work: dict[str, Any], threads: int, fast: bool, per_device: int) -> dict[str, Any]:
+def reward(folder: Path, work: dict[str, Any], threads: int, setting: Setting, per_device: int) -> dict[str, Any]:
     """RewardTrainer, one epoch over the pairs; pairs."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from trl import RewardConfig, RewardTrainer
 
-    given = arguments(folder, threads, fast)
+    given = arguments(folder, threads, setting)
     meter = Meter()
     questions = work["reward"]["questions"]
     pairs = [

@@ -2,7 +2,8 @@
 
 SFT: documents joined with EOS and cut every `row_tokens` tokens, so that attention leaks from one document into the next; loss on
 every token. Reward: chosen and rejected answers padded apart and sent through the model one after the other, four pairs at a time.
-Both at their best setting: fp32, no gradient checkpointing, products through oneDNN.
+Both at their best setting: no gradient checkpointing; in fp32 (sft with products through oneDNN, which its attention bears), or
+with fp32 weights and bf16 products.
 """
 
 from pathlib import Path
@@ -32,14 +33,14 @@ def _step(model: Any, optimizer: Any) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def sft(folder: Path, work: dict[str, Any], threads: int) -> dict[str, Any]:
+def sft(folder: Path, work: dict[str, Any], threads: int, bf16: bool) -> dict[str, Any]:
     """Tokens."""
     import peft  # noqa: F401  # before the meter, which takes the floor of memory
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision("medium")
+    torch.set_float32_matmul_precision("highest" if bf16 else "medium")
     meter = Meter()
     size = work["size"]
     stream = [token for ids, _ in work["sft"]["documents"] for token in (*ids, *([] if ids[-1] == work["eos"] else [work["eos"]]))]
@@ -50,7 +51,8 @@ def sft(folder: Path, work: dict[str, Any], threads: int) -> dict[str, Any]:
 
     def step(batch: torch.Tensor) -> None:
         for part in batch.split(PAIRS):
-            loss = model(input_ids=part, labels=part, use_cache=False).loss
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = model(input_ids=part, labels=part, use_cache=False).loss
             (loss * len(part) / len(batch)).backward()
         _step(model, optimizer)
 
@@ -62,7 +64,7 @@ def sft(folder: Path, work: dict[str, Any], threads: int) -> dict[str, Any]:
     return meter.result(rows.numel())
 
 
-def reward(folder: Path, work: dict[str, Any], threads: int) -> dict[str, Any]:
+def reward(folder: Path, work: dict[str, Any], threads: int, bf16: bool) -> dict[str, Any]:
     """Pairs."""
     import peft  # noqa: F401  # before the meter, which takes the floor of memory
     import torch
@@ -70,7 +72,6 @@ def reward(folder: Path, work: dict[str, Any], threads: int) -> dict[str, Any]:
     from transformers import AutoModelForSequenceClassification
 
     torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision("medium")
     meter = Meter()
     questions = work["reward"]["questions"]
     pairs = [(q["query"] + q["responses"][j], q["query"] + q["responses"][k]) for q in questions for j, k in q["pairs"]]
@@ -84,7 +85,8 @@ def reward(folder: Path, work: dict[str, Any], threads: int) -> dict[str, Any]:
         longest = max(map(len, sequences))
         ids = torch.tensor([[*s, *[work["pad"]] * (longest - len(s))] for s in sequences])
         mask = torch.tensor([[1] * len(s) + [0] * (longest - len(s)) for s in sequences])
-        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0]
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0].float()
 
     def step(batch: list[tuple[list[int], list[int]]]) -> None:
         for start in range(0, len(batch), PAIRS):
