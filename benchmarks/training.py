@@ -55,6 +55,8 @@ def contestant(verb: str, name: str, folder: Path, threads: int) -> dict[str, An
     if name.startswith("ours"):
         from peers import ours
 
+        import flows  # noqa: F401  # its settings for oneDNN, as in every run
+
         dtype = "bf16" if name == "ours_bf16" else "fp32"
         if verb == "ppo":
             return ours.ppo(folder, work, dtype, threads, "adapter" if name == "ours_adapter" else "policy_trunk")

@@ -1,9 +1,8 @@
 """What runs, and in which order."""
 
-import logging
 import os
 
-# Prefect reads these when it is imported. An installed package brings no pyproject.toml, so they stand here.
+# Prefect reads its own when it is imported. An installed package brings no pyproject.toml, so they stand here.
 for _name, _value in {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -11,8 +10,9 @@ for _name, _value in {
     "PREFECT_LOGGING_EXTRA_LOGGERS": "tasks",
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
     "TOKENIZERS_PARALLELISM": "false",
+    # oneDNN, and torch above it, keep 1,024 compiled products each, one a shape, and no two packed passes have one shape: a CPU's
+    # memory would grow by some 40 MB a step, for nothing in time.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
+    "LRU_CACHE_CAPACITY": "16",
 }.items():
     os.environ.setdefault(_name, _value)
-
-# Where it can it would fetch compiled code from the hub, and where it cannot it tells the user, at every start, to let it.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -163,7 +163,7 @@ def _execution(one: Parser) -> None:
     how.add_argument("--machines", type=_count, default=1, help="machines that run this same command on one store (default 1)")
     how.add_argument("--machine-rank", type=int, default=0, metavar="N", help="number of this machine, from 0")
     how.add_argument("--rendezvous", metavar="HOST:PORT", help="where machine 0 can be reached by the others")
-    how.add_argument("--micro-batch-tokens", type=_count, metavar="N", help="tokens in one forward pass (default 2048 on a CPU, 16384 on CUDA)")
+    how.add_argument("--micro-batch-tokens", type=_count, metavar="N", help="tokens of a forward pass (2048; CUDA 16384)")
     how.add_argument("--gradient-checkpointing", action="store_true", help="less memory for about 1.4 times the work")
     how.add_argument("--checkpoint-seconds", type=float, metavar="S", help="how often training saves (default 300; 0: each step)")
     how.add_argument("--executor", choices=("inline",), default="inline", help="inline: the steps run in this process")

@@ -171,8 +171,8 @@ class _Traced:
     def ledger(self) -> Iterator[Any]:
         from tasks import memory
 
-        with memory.tracing(memory.HOLES if self.device == "cpu" else 1.05) as ledger:
-            yield ledger
+        with memory.tracing(memory.HOLES if self.device == "cpu" else 1.05) as self.watching:
+            yield self.watching
 
     def model(self, dtype: str, quantization: str = "none") -> Any:
         """A frozen base. Call it, and `adapt` after it, inside `ledger`."""
@@ -188,7 +188,8 @@ class _Traced:
             model.eval().requires_grad_(False)
             if quantization != "none":
                 self.saved = _round(model) * (1 - 0.5625) if quantization == "4bit" else 0.0
-        memory.inhabit(model)
+        with self.watching.solid():
+            memory.inhabit(model)
         for layer in quantized.quantised_layers(model):
             cast(Any, layer).state.SCB = torch.empty(cast(Any, layer).out_features)
         quantized.settle(model, "cpu")
@@ -201,7 +202,8 @@ class _Traced:
 
         with torch.device("meta"):
             model = models.add_lora(model, lora, name, 1)
-        memory.inhabit(model)
+        with self.watching.solid():
+            memory.inhabit(model)
         if not trainable:
             for parameter in models.adapter_parameters(model, name):
                 parameter.requires_grad_(False)
@@ -368,8 +370,8 @@ def _fit(traced: _Traced, model: Any, rows: int, row_tokens: int, first_label: i
         betas=(0.9, 0.999), seed=1, autocast=autocast,
     )  # fmt: skip
     fit.fit(
-        model, documents, documents[:1], how, device=torch.device("cpu"), micro_batch_tokens=pass_tokens(traced.compute, traced.device),
-        progress=Progress("plan"),
+        model, documents, documents[:1], how, device=torch.device("cpu"),
+        micro_batch_tokens=pass_tokens(traced.compute, traced.device), progress=Progress("plan"),
     )  # fmt: skip
 
 

@@ -15,12 +15,16 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from peft import PeftModel
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from tasks.compute import Compute
+    from tasks.config import Quantization
+    from tasks.models import DType
 
 T = TypeVar("T")
 M = TypeVar("M", bound="PreTrainedModel | PeftModel")
@@ -146,11 +150,26 @@ def _everyone(value: T) -> list[T]:
     return values
 
 
+def place(device: "torch.device | str") -> "torch.device | str":
+    """Where a model is read that is to compute on `device`: under fsdp the CPU, because whole it need not fit where it computes."""
+    return "cpu" if _world.sharded else device
+
+
+def load_frozen(
+    folder: "Path", dtype: "DType", device: "torch.device | str", quantization: "Quantization" = "none"
+) -> "PreTrainedModel":
+    """models.load_model, and its layers cut among the ranks under fsdp. Adapters go on afterwards, whole on every rank."""
+    from tasks import models
+
+    return shard(models.load_model(folder, dtype, place(device), quantization), device)
+
+
 def shard(model: "M", device: "torch.device | str") -> "M":
     """The model with its frozen decoder layers cut among the ranks, under fsdp (torch's FSDP2); else as it is.
 
     A layer is gathered when it computes, forward and backward, and let go after it. Adapters, embeddings and head stay whole on
-    every rank, so their gradients are left to `sum_gradients`. Call it when the adapters are on. ValueError for what it cannot cut.
+    every rank, so their gradients are left to `sum_gradients`, whether they were there before or are added later. ValueError for
+    what it cannot cut.
     """
     if not _world.sharded:
         return model

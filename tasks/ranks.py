@@ -1,5 +1,5 @@
 """The processes of `distributed.launch`. Torch's elastic launcher starts them, all anew when one is lost; here they get their
-work, are heard, and are ended; none outlives this process.
+work (tasks.rank), are heard, and are ended; none outlives this process.
 
 On one machine nothing listens to the network but gloo or NCCL, on the loopback interface: they meet in files of a private folder.
 """
@@ -17,17 +17,15 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any, cast
 
-from tasks import distributed, interrupt
+from tasks import interrupt
 from tasks.compute import Compute
-from tasks.processes import WorkerKilled, answer
-from tasks.progress import Update, hear, listening
+from tasks.processes import WorkerKilled
+from tasks.progress import hear
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +59,8 @@ def run(function: Callable[..., Any], compute: Compute, arguments: dict[str, Any
             **_rendezvous(compute, folder),
         )
         ranks = _Ranks(f"{folder}/socket", compute, pickle.dumps((function, compute, folder, arguments)), arguments.get("progress"))
-        code = f"import sys; sys.path[:] = {[*map(str, sys.path)]}; from tasks.ranks import serve; serve({ranks.address!r})"
+        code = f"import sys, time; born = time.monotonic(); sys.path[:] = {[*map(str, sys.path)]}; "
+        code += f"from tasks.rank import serve; serve({ranks.address!r}, born)"
         launcher = _Launcher(lambda: elastic_launch(config, sys.executable)("-c", code))
         with ranks, _quiet(), _environment(compute), interrupt.forwarding(lambda: ranks.pids):
             launcher.start()
@@ -101,6 +100,8 @@ class _Launcher(threading.Thread):
         self.work, self.failure = work, cast(BaseException | None, None)
 
     def run(self) -> None:
+        # Ranks inherit it: what comes before they listen waits for them, and kills none that is only beginning.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             self.work()
         except BaseException as failure:
@@ -121,6 +122,10 @@ class _Ranks:
         self._finished: set[int] = set()
         self._troubles: list[tuple[int, int, Any]] = []  # (what, rank, exception or words), the best reason is the smallest
         self._decide = self._leave = 0.0
+        self._heard = 0.0
+        """When the first of the troubles was heard."""
+        self._restarted = 0.0
+        """The same of those for which all began anew; on the clock that processes share, time.monotonic."""
         self.ending = False
         self._door = socket.socket(socket.AF_UNIX)
         self._door.bind(address)
@@ -182,11 +187,7 @@ class _Ranks:
                 )
             return
         if kind == "here":
-            self._connections[connection] = self._first + value[0], value[1]
-            with contextlib.suppress(OSError):  # it is dead, which is noticed where it is read
-                connection.send(("end", 0) if self.ending else ("work", self.work))
-                if interrupt.asked():
-                    os.kill(value[1], signal.SIGTERM)
+            self._welcome(connection, *value)
         elif kind == "update":
             if rank == 0:
                 hear(value)
@@ -198,6 +199,20 @@ class _Ranks:
             self._trouble(RAISED, rank, value)
         else:
             self._done(rank, *value)
+
+    def _welcome(self, connection: Connection, local_rank: int, pid: int, born: float, asked: bool) -> None:
+        with contextlib.suppress(OSError):  # it is dead, which is noticed where it is read
+            self._connections[connection] = self._first + local_rank, pid
+            if self.ending:
+                connection.send(("end", 0))
+            elif born < self._restarted:
+                del self._connections[connection]  # it was still beginning when one was lost and all began anew
+                connection.send(("end", 1))
+                connection.close()
+            else:
+                connection.send(("work", self.work))
+                if interrupt.asked() and not asked:
+                    os.kill(pid, signal.SIGTERM)
 
     def _done(self, rank: int, outcome: str, what: Any) -> None:
         if outcome == "lost":
@@ -213,6 +228,8 @@ class _Ranks:
 
     def _trouble(self, what: int, rank: int, reason: Any) -> None:
         elsewhere = what == LOST and self.compute.machines > 1
+        if not self._troubles:
+            self._heard = time.monotonic()
         decide = time.monotonic() + (ACROSS_MACHINES if elsewhere else SECOND_THOUGHTS)
         self._decide = min(self._decide, decide) if self._troubles else decide
         self._troubles.append((what, rank, reason))
@@ -225,6 +242,7 @@ class _Ranks:
         self.lost = reason
         if self.progress is not None:
             self.progress.note(f"{reason}; all ranks go on from the last checkpoint")
+        self._restarted = self._heard
         self.end(1)
 
     def _named(self, rank: int, error: Exception) -> Exception:
@@ -300,89 +318,3 @@ def _loopback() -> str:
 
     addresses = psutil.net_if_addrs().items()
     return next((name for name, found in addresses if any(one.address == "127.0.0.1" for one in found)), "")
-
-
-# ---- in a rank
-
-
-def serve(address: str) -> None:
-    """A rank's life: take the work, do it with the others, tell what came of it, and end when told to."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher sends it to the rest when a rank is lost; the parent says more
-    with contextlib.suppress(interrupt.Interrupted), interrupt.deferring():
-        _serve(address)
-
-
-def _serve(address: str) -> None:
-    parent = os.getppid()
-    door = socket.socket(socket.AF_UNIX)
-    door.connect(address)
-    connection, lock = Connection(door.detach()), threading.Lock()
-
-    def send(message: bytes) -> None:
-        with lock, contextlib.suppress(OSError):  # whoever waits for it is gone, and so is this process in a moment
-            connection.send_bytes(message)
-
-    def tell(update: Update) -> None:
-        send(pickle.dumps(("update", update)))
-
-    def end_when_told() -> None:
-        """Or with the parent; whatever the main thread is doing, were it in a collective that will never end."""
-        while os.getppid() == parent:
-            try:
-                if connection.poll(1):
-                    sys.stdout.flush()
-                    sys.stderr.flush()
-                    os._exit(connection.recv()[1])
-            except (EOFError, OSError):
-                break
-        time.sleep(0.5)  # a process's connections close a moment before it is gone
-        if os.getppid() != parent:
-            shutil.rmtree(Path(address).parent, ignore_errors=True)
-        os._exit(1)
-
-    logging.basicConfig(handlers=[_Told(send)], level=logging.WARNING, force=True)
-    logging.captureWarnings(True)
-    send(pickle.dumps(("here", (int(os.environ["LOCAL_RANK"]), os.getpid()))))
-    kind, work = connection.recv()
-    if kind == "end":
-        os._exit(work)
-    ending = threading.Thread(target=end_when_told)
-    ending.start()
-    with listening(tell):
-        send(answer(pickle.dumps((_share, (work,)))))
-    ending.join()
-
-
-class _Told(logging.Handler):
-    """Warnings of a rank are the parent's to show."""
-
-    def __init__(self, send: Callable[[bytes], None]) -> None:
-        super().__init__(logging.WARNING)
-        self.send = send
-
-    def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(Exception):  # as any handler: what cannot be told costs no training
-            self.send(pickle.dumps(("log", (record.name, record.levelno, record.getMessage()))))
-
-
-def _share(work: bytes) -> tuple[str, Any]:
-    """This rank's share of the work, and what came of it: result, interrupted, or lost where the others are gone."""
-    try:
-        function, compute, folder, arguments = pickle.loads(work)
-        with distributed.joined(compute, folder) as world:
-            if world.rank > 0 and "out" in arguments:  # thrown away with the launch's folder, however this rank ends
-                arguments["out"] = Path(tempfile.mkdtemp(prefix=f"rank-{world.rank}-", dir=folder))
-            return "result", function(**arguments)
-    except interrupt.Interrupted as stop:
-        return "interrupted", str(stop)
-    except Exception as error:
-        if not _in_a_collective(error):
-            raise
-        return "lost", " ".join([f"{type(error).__name__}:", *str(error).splitlines()[:1]])
-
-
-def _in_a_collective(error: BaseException) -> bool:
-    """Whether torch's communication raised it: then another rank is the cause, and has told its own or is dead."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return any("/torch/distributed/" in frame.filename.replace(os.sep, "/") for frame in frames[-3:])

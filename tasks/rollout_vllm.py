@@ -1,4 +1,4 @@
-"""Rollouts by vLLM (extra `vllm`, a CUDA device): token ids in and out, and what the engine thought of each token.
+"""Rollouts by vLLM (the package `vllm`, a CUDA device): token ids in and out, and what the engine thought of each token.
 
 The engine holds its own copy of the unquantised base and gets the policy's adapter as files, under a new id each time, because
 vLLM reads an adapter once for each id. Its kernels are not the trainer's: the log-probabilities that it returns are those of the
@@ -101,7 +101,7 @@ def _import(model: Any, device: torch.device) -> Any:
     try:
         import vllm
     except ImportError:
-        raise ValueError("ppo.engine=vllm needs the package vllm: pip install 'stackrlhf[vllm]', or set ppo.engine=own") from None
+        raise ValueError("ppo.engine=vllm: vllm is not installed (docs/dependencies.md says why); set ppo.engine=own") from None
     if device.type != "cuda":
         raise ValueError("ppo.engine=vllm needs a CUDA device: set ppo.engine=own to sample on a CPU")
     if world().size > 1:

@@ -1,12 +1,10 @@
 """sft, reward and ppo in two processes come to what one process comes to: the same losses, samples and weights, but for rounding.
 
-One launch a strategy does all three, because starting the ranks takes longest; the first of them loses a rank on the way.
+One launch does all three in every way, because starting the ranks takes longest.
 """
 
+import dataclasses
 import json
-import os
-import signal
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +13,11 @@ import pytest
 from tasks import distributed
 from tasks.checkpoint import Checkpoints
 from tasks.compute import Compute
-from tasks.progress import Progress, Update, listening
+from tasks.progress import Progress
 from tests.ppo.conftest import planted_reward  # noqa: F401
 
 ALONE = Compute(device="cpu", threads=1, micro_batch_tokens=256)
-KILLED_AT = 3  # of the steps of sft
-
-
-@dataclass(frozen=True)
-class Murderous(Progress):
-    """Kills rank 1, once, when sft has done some steps."""
-
-    mark: Path = Path()
-
-    def __call__(self, done: int, total: int, phase: str = "", **metrics: float) -> None:
-        if distributed.world().rank == 1 and done == KILLED_AT and not self.mark.exists():
-            self.mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        super().__call__(done, total, phase, **metrics)
+WAYS = ("ddp", "fsdp", "fsdp recomputing")
 
 
 def cut(model: Path, tuning: str) -> int | str:
@@ -94,6 +79,19 @@ def trainings(
     return {tuning: cut(model, tuning) for tuning in ("lora", "full", "int8")}
 
 
+def every_way(model: Path, site: Path, reward: Path, out: Path) -> dict[str, dict[str, int | str]]:
+    """`trainings` into a folder of `out` for each of WAYS; a rank of a launch with strategy fsdp."""
+    held, world = {}, distributed.world()
+    for way in WAYS:
+        distributed._world = dataclasses.replace(world, sharded=way != "ddp")  # which is all that the strategy says
+        compute = ALONE.model_copy(update={"processes": 2, "gradient_checkpointing": way == "fsdp recomputing"})
+        folder = out / way
+        folder.mkdir()
+        held[way] = trainings(model, site, reward, folder, compute, Progress("test"), Checkpoints(folder / "kept", 0.0))
+    distributed._world = world
+    return held
+
+
 def course(held: dict[str, int | str], out: Path) -> dict[str, Any]:
     """What the trainings left in their folders, and what `cut` said."""
     curves = {name: out / name / "curves.json" for name in ("sft", "reward", "ppo")}
@@ -108,56 +106,36 @@ def by_one(tiny_model, toy_site, planted_reward, tmp_path_factory):  # noqa: F81
     return course(held, out)
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp"])
-def by_two(request, tiny_model, toy_site, planted_reward, tmp_path_factory):  # noqa: F811
-    """(what came of it, notes, is it fsdp)"""
-    out, mark = tmp_path_factory.mktemp(request.param), tmp_path_factory.mktemp("mark") / "killed"
-    if request.param == "fsdp":
-        mark.touch()
-    compute = ALONE.model_copy(update={"processes": 2, "strategy": request.param})
-    notes: list[str] = []
-
-    def hear(update: Update) -> None:
-        if update.note:
-            notes.append(update.note)
-
-    with listening(hear):
-        held = distributed.launch(
-            trainings, compute, model=tiny_model, site=toy_site, reward=planted_reward, out=out, compute=compute,
-            progress=Murderous("test", mark), checkpoints=Checkpoints(out / "kept", 0.0),
-        )  # fmt: skip
-    return course(held, out), notes, compute.strategy == "fsdp"
+@pytest.fixture(scope="module")
+def by_two(tiny_model, toy_site, planted_reward, tmp_path_factory):  # noqa: F811
+    out = tmp_path_factory.mktemp("two")
+    compute = ALONE.model_copy(update={"processes": 2, "strategy": "fsdp"})
+    held = distributed.launch(every_way, compute, model=tiny_model, site=toy_site, reward=planted_reward, out=out)
+    return {way: course(held[way], out / way) for way in WAYS}
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("step", ["sft", "reward", "ppo", "accuracy"])
-def test_two_processes_come_to_the_numbers_of_one(by_one, by_two, step):
-    one, two = dict(_numbers(by_one[step])), dict(_numbers(by_two[0][step]))
+def test_two_processes_come_to_the_numbers_of_one(by_one, by_two, step, way):
+    one, two = dict(_numbers(by_one[step])), dict(_numbers(by_two[way][step]))
     assert two.keys() == one.keys()
     assert {key for key in one if key.endswith(("loss", "scores", "kl"))} or step == "accuracy"
     for key, value in one.items():
         assert two[key] == pytest.approx(value, abs=1e-5, rel=1e-5), key
 
 
-def test_two_processes_write_the_samples_of_one(by_one, by_two):
-    assert [sample["after"] for sample in by_two[0]["samples"]] == [sample["after"] for sample in by_one["samples"]]
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_write_the_samples_of_one(by_one, by_two, way):
+    assert [sample["after"] for sample in by_two[way]["samples"]] == [sample["after"] for sample in by_one["samples"]]
 
 
 def test_fsdp_holds_a_share_of_the_frozen_layers_and_refuses_what_it_cannot_cut(by_one, by_two):
-    one, two = by_one["held"], by_two[0]["held"]
-    if not by_two[2]:
-        assert two == one
-        return
+    one, two = by_one["held"], by_two["fsdp"]["held"]
+    assert by_two["ddp"]["held"] == one
     # hidden 32, feed-forward 64, two layers: 4 * 32 * 32 + 3 * 32 * 64 weights and two norms of 32 each
     assert one["lora"] - two["lora"] == (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) * 2 // 2
     assert "use tuning=lora, or --strategy ddp" in two["full"]
     assert "use quantization=none, or --strategy ddp" in two["int8"]
-
-
-def test_they_went_on_from_a_checkpoint_when_a_rank_was_lost(by_two):
-    _, notes, _ = by_two
-    lost = [note for note in notes if "rank 1 was killed" in note]
-    resumed = [note for note in notes if f"resumed from step {KILLED_AT - 1} of 5" in note]
-    assert len(lost) == len(resumed) <= 1
 
 
 def _numbers(value: Any, name: str = "") -> list[tuple[str, float]]:

@@ -283,6 +283,19 @@ def test_merging_into_rounded_weights_is_refused(tiny_model):
         models.merged(adapted, "policy")
 
 
+def test_logits_are_compared_a_few_rows_at_a_time_and_the_numbers_are_those_of_the_whole(monkeypatch):
+    torch.manual_seed(0)
+    expected = 5 + 3 * torch.randn(50, 40)
+    actual = expected + 0.1 * torch.randn(50, 40)
+    monkeypatch.setattr(models, "LOGITS_AT_ONCE", 7 * 40)
+    found = models.compare_logits(expected, actual)
+    error, spread = (actual - expected).double(), expected.double().std()
+    turned = (expected - expected.roll(1, -1)).sign() != (actual - actual.roll(1, -1)).sign()
+    assert found["rms_error"] == pytest.approx(float(error.square().mean().sqrt() / spread), rel=1e-9)
+    assert found["max_error"] == pytest.approx(float(error.abs().max() / spread), rel=1e-6)
+    assert found["pair_flips"] == pytest.approx(float(turned.double().mean()), rel=1e-9)
+
+
 def test_a_model_rounded_anew_may_differ_by_two_roundings_and_no_more():
     torch.manual_seed(0)
     exact, noise = torch.randn(20, 50), 0.05 * torch.randn(3, 20, 50)

@@ -20,8 +20,8 @@ def model(tiny_model):
 
 
 @pytest.mark.skipif(INSTALLED, reason="vllm is installed here")
-def test_without_the_package_it_is_refused_in_one_line_that_names_the_extra(model):
-    with pytest.raises(ValueError, match=r"pip install 'stackrlhf\[vllm\]'") as error:
+def test_without_the_package_it_is_refused_in_one_line_that_names_the_way_out(model):
+    with pytest.raises(ValueError, match=r"vllm is not installed .* set ppo.engine=own") as error:
         generate_shared(model, None, [[5]], device="cuda", **HOW)
     assert "\n" not in str(error.value)
 
@@ -40,7 +40,7 @@ def test_what_vllm_returns_becomes_a_rollout():
     assert [row.tolist() for row in rollout.engine_logprobs] == [[-0.5, -1.0], [-2.0]]
 
 
-@pytest.mark.skipif(not (INSTALLED and torch.cuda.is_available()), reason="needs the extra `vllm` and a CUDA device")
+@pytest.mark.skipif(not (INSTALLED and torch.cuda.is_available()), reason="needs the package vllm and a CUDA device")
 def test_vllm_samples_from_the_policy_and_not_from_its_base(tiny_model):
     tokenizer = load_tokenizer(tiny_model / "model")
     peft = add_lora(load_model(tiny_model / "model", "bf16", "cuda"), LoRAConfig(r=4, alpha=8, dropout=0.0), "policy", 0)

@@ -10,7 +10,7 @@ import numpy as np
 
 from tasks import prompts
 from tasks.compute import SAMPLED_TOKENS, Compute, fit_threads, pass_tokens, prepare
-from tasks.distributed import shard
+from tasks.distributed import load_frozen
 from tasks.evaluate import plots, report
 from tasks.evaluate.answers import Answers, best_of, choose_questions, human_answers, sample_answers, scores_of, seed_of
 from tasks.evaluate.config import EvaluateConfig
@@ -19,7 +19,7 @@ from tasks.evaluate.tables import Divergence, gain_of, headline, read_json, rewa
 from tasks.evaluate.verdict import verdict
 from tasks.ingest.dataset import best_answer
 from tasks.ingest.simulated.truth import true_reward
-from tasks.models import load_lora, load_model, load_tokenizer, use
+from tasks.models import load_lora, load_tokenizer, use
 from tasks.progress import Progress
 from tasks.reward.model import load_reward
 
@@ -153,17 +153,17 @@ def write(
         return perplexity(logprobs(model, queries, cut, temperature=1.0))
 
     # the base model is a network of its own; sft keeps base's tokenizer, so both write the same ids
-    model: Any = shard(load_model(base / "model", config.dtype, device, config.quantization), device)
+    model: Any = load_frozen(base / "model", config.dtype, device, config.quantization)
     fit_threads(compute, model)
     everyone = {"human": human, "base": answer(model, "base", config.samples_per_question)}
     perplexities = {"base": human_perplexity(model, base_queries)}
     del model  # one base at a time
 
     # all the others are sft's model with one of three adapters, or none
-    model = load_model(sft / "model", config.dtype, device, config.quantization)
+    model = load_frozen(sft / "model", config.dtype, device, config.quantization)
     reward_model = load_reward(model, reward, "reward")
     judge = load_reward(reward_model.model, reward / "judge", "judge")
-    model = shard(load_lora(judge.model, ppo / "policy", "policy", trainable=False).eval(), device)
+    model = load_lora(judge.model, ppo / "policy", "policy", trainable=False).eval()
     reward_model.micro_batch_tokens = judge.micro_batch_tokens = pass_tokens(compute, device)
     max_length = min(reward_max_length(reward), model.config.max_position_embeddings)
     with use(model, None):

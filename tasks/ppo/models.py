@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tasks.compute import Compute, pass_tokens
-from tasks.distributed import gather, mine, rounds, shard
-from tasks.models import adapter_parameters, add_lora, checkpoint_gradients, load_lora, load_model, load_tokenizer, pad_right, use
+from tasks.distributed import gather, load_frozen, mine, rounds
+from tasks.models import adapter_parameters, add_lora, checkpoint_gradients, load_lora, load_tokenizer, pad_right, use
 from tasks.optim import fast_matmul
 from tasks.packing import best_fit
 from tasks.ppo.config import PPOConfig
@@ -63,7 +63,7 @@ class PPO:
 def load(config: PPOConfig, sft: Path, reward: Path, device: torch.device, compute: Compute) -> PPO:
     """One base, its adapters, and the critic's head, which begins as the reward model's in units of normalised scores (row 14)."""
     tokenizer = load_tokenizer(sft / "model")
-    base = load_model(sft / "model", config.dtype, device, config.quantization)
+    base = load_frozen(sft / "model", config.dtype, device, config.quantization)
     probe = pad_right([encode_query(tokenizer, "How is a probe made, and what of?", 32)], tokenizer.pad_token_id, device)
     with torch.no_grad():
         base_logits = base(input_ids=probe[0], attention_mask=probe[1]).logits.float()
@@ -81,7 +81,6 @@ def load(config: PPOConfig, sft: Path, reward: Path, device: torch.device, compu
     model.eval()  # row 2: no dropout, and it stays so
     if compute.gradient_checkpointing:
         checkpoint_gradients(model)
-    model = shard(model, device)
     return PPO(config, model, tokenizer, reward_model, judge, value_head, device, pass_tokens(compute, device), probe, base_logits)
 
 

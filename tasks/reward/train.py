@@ -20,7 +20,8 @@ from torch import Tensor
 from tasks import distributed
 from tasks.checkpoint import NO_CHECKPOINTS, Checkpoints, load_optimizer, optimizer_state, seed_step
 from tasks.compute import Compute, cores, fit_threads, is_small, pass_tokens, prepare
-from tasks.models import adapter_parameters, add_lora, causal_lm, checkpoint_gradients, load_model, load_tokenizer
+from tasks.distributed import load_frozen
+from tasks.models import adapter_parameters, add_lora, causal_lm, checkpoint_gradients, load_tokenizer
 from tasks.optim import adamw, clip_gradients, fast_matmul, finite, set_learning_rate, warmup_linear
 from tasks.processes import side_by_side
 from tasks.progress import Progress
@@ -52,7 +53,7 @@ def train(
     """Reward model into `out`, judge into `out`/judge; both measured on the eval split beside baselines. Returns the metrics."""
     device = prepare(compute)
     tokenizer = load_tokenizer(sft / "model")
-    model: Any = load_model(sft / "model", config.dtype, device, config.quantization)
+    model: Any = load_frozen(sft / "model", config.dtype, device, config.quantization)
     fit_threads(compute, model)
     _fits(config, causal_lm(model).config.max_position_embeddings)
 
@@ -86,7 +87,7 @@ def train(
     del model
     trained = dict(zip(folders, side_by_side(train_one, [(job,) for job in jobs], len(jobs) if together else 1), strict=True))
 
-    read_back: Any = load_model(sft / "model", config.dtype, device, config.quantization)  # as the next step will
+    read_back: Any = load_frozen(sft / "model", config.dtype, device, config.quantization)  # as the next step will
     for name, folder in folders.items():
         read_back = check_hand_over(read_back, folder, name, probes, torch.tensor(trained[name].expected)).model
 
@@ -135,9 +136,9 @@ def train_one(job: Job) -> Trained:
     config, name = job.config, job.name
     device = prepare(job.compute)
     tokenizer = load_tokenizer(job.sft / "model")
-    model: Any = load_model(job.sft / "model", config.dtype, device, config.quantization)
+    model: Any = load_frozen(job.sft / "model", config.dtype, device, config.quantization)
     fit_threads(job.compute, model)
-    model = distributed.shard(add_lora(model, config.lora, name, job.seed), device)
+    model = add_lora(model, config.lora, name, job.seed)
     if job.compute.gradient_checkpointing:
         checkpoint_gradients(model)
     head = ScoreHead(causal_lm(model).config.hidden_size, job.seed).to(device)

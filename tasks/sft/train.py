@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tasks import distributed, models, optim, packing, prompts, soft_prompt
+from tasks import distributed, memory, models, optim, packing, prompts, soft_prompt
 from tasks.base.fit import Fit, Fitted, fit
 from tasks.checkpoint import NO_CHECKPOINTS, Checkpoints
 from tasks.compute import Compute, fit_threads, pass_tokens, prepare
@@ -43,8 +43,7 @@ def train(
     device = prepare(compute)
     tokenizer = models.load_tokenizer(base / "model")
     autocast = config.dtype == "bf16" and config.tuning == "full"
-    # A base that is to be cut among the processes need not fit on one of their devices.
-    place = torch.device("cpu") if distributed.world().sharded else device
+    place = distributed.place(device)
     model: Any = models.load_model(base / "model", "fp32" if autocast else config.dtype, place, config.quantization)
     fit_threads(compute, model)
     _check_lengths(config, model)
@@ -83,6 +82,7 @@ def train(
         device=device, micro_batch_tokens=pass_tokens(compute, device), progress=progress, checkpoints=checkpoints,
     )  # fmt: skip
 
+    memory.give_back()
     trained = probe_logits(model, probes, tokenizer.pad_token_id, device)
     if distributed.world().rank > 0:
         return {}  # rank 0 stores
@@ -112,7 +112,7 @@ def store(
     *,
     base: Path,
     out: Path,
-    place: torch.device,
+    place: torch.device | str,
     probes: list[list[int]],
     trained: torch.Tensor,
 ) -> dict[str, Any]:
@@ -155,24 +155,29 @@ def check_packing(
 ) -> dict[str, float]:
     """Logits of documents packed into one row against those of each alone; an architecture that mixes them is refused."""
     batch = packing.collate(documents, device)
+    compared = models.Comparison()
     with torch.no_grad():
         hidden = packing.hidden_states(model, batch)
-        together = [models.logits(model, hidden[s : s + len(d.ids)]) for s, d in zip(batch.starts, documents, strict=True)]
-        alone = [model(torch.tensor(d.ids, dtype=torch.long, device=device)[None]).logits[0].float() for d in documents]
-    expected, actual = torch.cat(alone), torch.cat(together)
-    error = float((actual - expected).square().mean().sqrt() / expected.std())
+        for start, document in zip(batch.starts, documents, strict=True):
+            ids = torch.tensor(document.ids, dtype=torch.long, device=device)
+            together, alone = hidden[start : start + len(ids)], models.trunk(model)(ids[None]).last_hidden_state[0]
+            for rows in models.row_chunks(len(ids), model.config.vocab_size):
+                compared.add(models.logits(model, alone[rows]), models.logits(model, together[rows]))
+    error = compared.result()["rms_error"]
     if not error <= PACKING_TOLERANCE[dtype]:
         raise ValueError(
             f"{type(model).__name__} does not keep packed documents apart (logits differ by {error:.2g} of their spread)"
         )
-    return {"rms_error": error, "max_error": float((actual - expected).abs().max())}
+    return {"rms_error": error, "max_error": compared.largest}
 
 
 def probe_logits(model: Any, probes: list[list[int]], pad_id: int, device: torch.device | str) -> torch.Tensor:
     """Logits at every token of the probe texts, (N, V) on the CPU, dropout off."""
     ids, mask = models.pad_right(probes, pad_id, device)
     with torch.no_grad():
-        return models.logits(model, models.hidden_states(model.eval(), ids, mask)[mask.bool()]).cpu()
+        hidden = models.hidden_states(model.eval(), ids, mask)[mask.bool()]
+        vocab = models.causal_lm(model).config.vocab_size
+        return torch.cat([models.logits(model, hidden[rows]).cpu() for rows in models.row_chunks(len(hidden), vocab)])
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

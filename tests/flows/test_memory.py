@@ -52,18 +52,19 @@ def test_layers_are_alike_so_two_depths_give_all_others():
     config = resolve("ci")
     peaks = {
         layers: memory._PHASES["sft"](config, memory._Traced({**SHAPE, "hidden_size": 256}, layers, "cpu", CPU, memory.Texts()))
-        for layers in (2, 3, 5)
+        for layers in (2, 3, 4)
     }
     slope = peaks[3]["training"] - peaks[2]["training"]
-    assert peaks[5]["training"] == pytest.approx(peaks[2]["training"] + 3 * slope, rel=0.01)
+    assert peaks[4]["training"] == pytest.approx(peaks[2]["training"] + 2 * slope, rel=0.01)
 
 
 def test_what_should_lower_the_peak_lowers_it():
-    wide = {**SHAPE, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
+    wide = {**SHAPE, "hidden_size": 512, "intermediate_size": 2048}
     config = resolve("ci", {"sft.batch_size": 4})
 
     def peak(config=config, **compute):
-        return memory.estimate_memory("sft", config, wide, CPU.model_copy(update=compute)).peak_bytes
+        traced = memory._Traced(wide, 2, "cpu", CPU.model_copy(update=compute), memory.Texts())
+        return max(memory._PHASES["sft"](config, traced).values())
 
     plain = peak()
     assert peak(micro_batch_tokens=256) < plain
@@ -88,7 +89,7 @@ def test_a_model_that_was_never_fetched_has_no_known_shape():
 
 def test_a_large_step_is_refused_before_it_begins_and_a_small_one_is_not():
     memory.before_running("sft", resolve("ci"), None, CPU)
-    huge = resolve("ci", {"base.scratch.hidden_size": 16_384, "base.scratch.layers": 96, "base.scratch.intermediate_size": 65_536})
+    huge = resolve("ci", {"base.scratch.hidden_size": 16_384, "base.scratch.layers": 24, "base.scratch.intermediate_size": 65_536})
     with pytest.raises(ValueError, match="sft needs about"):
         memory.before_running("sft", huge, None, CPU)
     assert memory.before_running("sft", huge, None, CPU.model_copy(update={"allow_memory": True})) is not None
