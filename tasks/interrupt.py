@@ -10,6 +10,8 @@ from typing import Any
 
 GRACE_SECONDS = 60.0
 """How long after SIGTERM the next step boundary is waited for, at least; twice a step's time where that is longer."""
+ECHO_SECONDS = 1.0
+"""Signals so close together are one: who ends a whole group sends one to a parent, which passes it on, and one to its child."""
 
 
 class Interrupted(BaseException):
@@ -22,6 +24,9 @@ class _Watch:
 
     deferred = False
     asked = False
+    asked_at = 0.0
+    overdue = False
+    """GRACE_SECONDS are over."""
     waiting: threading.Timer | None = None
     pace = 0.0
     """Seconds between the last two boundaries."""
@@ -45,7 +50,7 @@ def deferring() -> Iterator[None]:
         return
     before = signal.signal(signal.SIGTERM, _hear)
     outer = _watch.deferred
-    _watch.deferred, _watch.asked, _watch.pace, _watch.boundary = True, False, 0.0, None
+    _watch.deferred, _watch.asked, _watch.overdue, _watch.pace, _watch.boundary = True, False, False, 0.0, None
     try:
         yield
         if _watch.asked:
@@ -92,16 +97,23 @@ def forwarding(pids: Callable[[], Iterable[int]]) -> Iterator[None]:
 
 def _hear(*_: Any) -> None:
     if _watch.asked:
+        if not _watch.overdue and time.monotonic() - _watch.asked_at < ECHO_SECONDS:
+            return
         raise Interrupted("without waiting for the end of a step; what was saved before stands")
-    _watch.asked = True
+    _watch.asked, _watch.asked_at = True, time.monotonic()
     others = [pid for pids in _watch.forwards for pid in pids()]
     for pid in others:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
     if not others:  # else it is they who come to boundaries, and who are in a hurry
-        _watch.waiting = threading.Timer(max(GRACE_SECONDS, 2 * _watch.pace), os.kill, (os.getpid(), signal.SIGTERM))
+        _watch.waiting = threading.Timer(max(GRACE_SECONDS, 2 * _watch.pace), _end)
         _watch.waiting.daemon = True
         _watch.waiting.start()
+
+
+def _end() -> None:
+    _watch.overdue = True
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _stop_waiting() -> None:

@@ -41,7 +41,13 @@ LEFT_ALONE = 15.0
 """Seconds that a launcher gets to end after a failure; it may be waiting for machines that are gone."""
 RAISED, KILLED, LOST = range(3)
 
-_launches = itertools.count()  # a name for each, the same on all machines, which run the same command
+_launches = itertools.count()
+
+
+def _name(arguments: dict[str, Any]) -> str:
+    """Of a launch, the same on all machines: the step's key, with which an attempt's folder begins; else a number."""
+    out = arguments.get("out")
+    return str(next(_launches)) if out is None else out.name.partition(".")[0]
 
 
 def run(function: Callable[..., Any], compute: Compute, arguments: dict[str, Any]) -> Any:
@@ -54,7 +60,7 @@ def run(function: Callable[..., Any], compute: Compute, arguments: dict[str, Any
             min_nodes=compute.machines,
             max_nodes=compute.machines,
             nproc_per_node=compute.processes,
-            run_id=(run_id := f"{function.__module__}.{function.__qualname__}-{next(_launches)}"),
+            run_id=(run_id := f"{function.__module__}.{function.__qualname__}-{_name(arguments)}"),
             max_restarts=MAX_RESTARTS,
             **_rendezvous(compute, folder),
         )

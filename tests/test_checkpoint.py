@@ -277,7 +277,15 @@ def test_an_interruption_is_no_failure_that_somebody_would_catch():
     assert not issubclass(Interrupted, Exception)
 
 
-def test_a_second_sigterm_ends_at_once():
+def test_two_signals_at_the_same_time_are_one(tmp_path):
+    """Who ends a process group signals the parent, which passes it on, and the child."""
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(Interrupted, match="saved at step 1"):
+        deferred(lambda: (terminate(), terminate(), checkpoints.after_step(1, lambda: ({}, {}))))
+
+
+def test_a_second_sigterm_ends_at_once(monkeypatch):
+    monkeypatch.setattr(interrupt, "ECHO_SECONDS", 0.0)
     reached = []
     with pytest.raises(Interrupted, match="without waiting"):
         deferred(lambda: (terminate(), terminate(), reached.append(1)))

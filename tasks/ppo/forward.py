@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from tasks.last_layer import hidden_rows
@@ -109,19 +109,6 @@ def policy_forward(
     logprobs, entropy = read_policy(model, hidden, responses, temperature)
     mask = response_mask(responses, width, device)
     return unpack(logprobs, mask), unpack(entropy, mask)
-
-
-def value_forward(
-    model: Any,
-    head: nn.Module,
-    queries: list[list[int]],
-    responses: list[list[int]],
-    width: int,
-    device: torch.device | str,
-) -> Tensor:
-    """Values of the states before each of the responses' tokens; (B, width), 0 outside the responses."""
-    hidden = response_hidden(model, queries, responses, device)
-    return unpack(head(hidden)[:, 0], response_mask(responses, width, device))
 
 
 def unpack(flat: Tensor, mask: Tensor) -> Tensor:

@@ -43,10 +43,6 @@ class PPO:
         """Whether the critic is a head on the policy's trunk: one pass serves both."""
         return self.config.value == "policy_trunk"
 
-    @property
-    def value_adapter(self) -> str:
-        return "policy" if self.shared else "value"
-
     def policy_parameters(self) -> list[nn.Parameter]:
         return adapter_parameters(self.model, "policy")
 

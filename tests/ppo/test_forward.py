@@ -5,7 +5,7 @@ import torch
 
 from tasks.models import load_model
 from tasks.ppo import forward
-from tasks.ppo.forward import policy_forward, response_hidden, response_mask, token_logprobs, value_forward
+from tasks.ppo.forward import policy_forward, response_hidden, response_mask, token_logprobs, unpack
 from tasks.reward.model import ScoreHead
 
 QUERIES, RESPONSES = [[5, 6, 7], [9, 10, 11, 12, 13], [20]], [[30, 31], [40], [50, 51, 52, 53]]
@@ -46,9 +46,12 @@ def test_the_gradient_of_the_fused_head_is_autograds(monkeypatch, chunk_logits):
 
 def test_a_value_is_read_before_its_token(model):
     head = ScoreHead(model.config.hidden_size, seed=3)
+
+    def read(responses: list[list[int]]) -> torch.Tensor:
+        return unpack(head(response_hidden(model, QUERIES, responses, "cpu"))[:, 0], response_mask(responses, 5, "cpu"))
+
     with torch.no_grad():
-        values = value_forward(model, head, QUERIES, RESPONSES, 5, "cpu")
-        changed = value_forward(model, head, QUERIES, [[30, 99], [41], [50, 51, 52, 99]], 5, "cpu")
+        values, changed = read(RESPONSES), read([[30, 99], [41], [50, 51, 52, 99]])
         states = model(torch.tensor([[20, 50, 51, 52]]), output_hidden_states=True).hidden_states[-1]
         assert torch.allclose(values[2, :4], head(states)[0, :, 0], atol=1e-5)
     assert torch.equal(values, changed)  # so V_t does not know the token t
