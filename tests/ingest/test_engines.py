@@ -152,7 +152,8 @@ def test_a_task_that_kills_every_worker_is_named_with_the_likely_cause(runner, t
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_workers_do_not_outlive_whoever_started_them(number):
     script = (
-        "import time\n"
+        "import signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job is born deaf to it
         "from tasks.compute import Compute\n"
         "from tasks.ingest.engines import engine\n"
         f"with engine(Compute(workers=2), {LARGE}) as made:\n"
