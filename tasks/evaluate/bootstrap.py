@@ -19,12 +19,6 @@ class Interval(NamedTuple):
     high: float
 
 
-def question_means(values: np.ndarray, questions: np.ndarray) -> np.ndarray:
-    """Mean of the values of each question, questions in rising order; (N,), (N,) -> (Q,)."""
-    _, index = np.unique(questions, return_inverse=True)
-    return np.bincount(index, weights=values) / np.bincount(index)
-
-
 def resample_counts(questions: int, samples: int, seed: int) -> np.ndarray:
     """How often each question is drawn in each resample, with replacement; -> (samples, questions), rows sum to `questions`."""
     rng = np.random.default_rng(seed)

@@ -13,7 +13,10 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#e4e8ec"
-COLOURS = {"human": "#8a6d3b", "base": "#98a2ad", "sft": "#3d7ab8", "best-of-n": "#7b5ea7", "ppo": "#1b8a6b", "worse": "#c0492b"}
+COLOURS = {
+    "human": "#8a6d3b", "base": "#98a2ad", "sft": "#3d7ab8", "best-of-n": "#7b5ea7", "ppo": "#1b8a6b", "champion": "#d9a514",
+    "worse": "#c0492b",
+}  # fmt: skip
 SCORERS = {"true": "True reward", "judge": "Judge", "reward": "Training reward model"}
 LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
 SMOOTHED = 40  # curves longer than this get a running mean over a twentieth of their length
@@ -80,7 +83,7 @@ def distributions(scores: dict[str, dict[str, np.ndarray]], by: str) -> Figure:
     """Distribution of the scores of each writer's answers, by the scorer that decides and by the training reward model."""
     scorers = [by, "reward"]
     figure, panels = sheet(1, 2, width=9, height=2.8)
-    labels = {"human": "Human", "base": "Base", "sft": "SFT", "best-of-n": "Best of n", "ppo": "PPO"}
+    labels = {"human": "Human", "base": "Base", "sft": "SFT", "best-of-n": "Best of n", "ppo": "PPO", "champion": "Champion"}
     for axis, scorer in zip(panels, scorers):
         everyone = np.concatenate([s[scorer].ravel() for s in scores.values()])
         low, high = np.quantile(everyone, [0.005, 0.995])

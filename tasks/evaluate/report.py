@@ -20,6 +20,8 @@ MARKDOWN_IMAGES = 190_000  # bytes of data URIs in REPORT.md
 CARD_ROWS = 60
 HEADLINES = {"better": "Better", "no-evidence": "No evidence", "worse": "Worse"}
 
+DUEL_LABELS = {**SCORERS, "judge": "This run’s judge", "champion_judge": "The champion’s judge", "judges": "Mean of both judges"}
+
 
 @dataclass(frozen=True)
 class Report:
@@ -145,6 +147,8 @@ def _shared(report: Report) -> dict[str, Any]:
     return {
         "verdict": report.verdict,
         "headline": HEADLINES[report.verdict["word"]],
+        "headlines": HEADLINES,
+        "duel_labels": DUEL_LABELS,
         "tables": report.tables,
         "rows": rows,
         "by": report.verdict["by"],

@@ -10,10 +10,13 @@ import numpy as np
 from tasks.evaluate.answers import Answers
 from tasks.evaluate.bootstrap import Interval, gain_interval, mean_interval
 from tasks.evaluate.config import EvaluateConfig
+from tasks.evaluate.duel import Pair
 from tasks.evaluate.texture import distinct_n, has_code_fence
 from tasks.evaluate.verdict import share_of_the_way
 from tasks.evaluate.wins import differences, length_controlled_win_rate, wins
 from tasks.ppo.guards import repetition
+
+DUEL_SCORERS = ("true", "judges", "judge", "champion_judge", "reward")
 
 
 class Divergence(NamedTuple):
@@ -44,6 +47,27 @@ def tabulate(config: EvaluateConfig, everyone: Mapping[str, Answers], divergence
     }
 
 
+def duel_table(config: EvaluateConfig, pair: Pair) -> dict[str, Any]:
+    """Candidate beside champion by each scorer, the one that decides first; lengths in the candidate's tokens."""
+    candidate, champion = pair
+    longer = differences(candidate.lengths, champion.lengths)
+    how: Any = {"samples": config.bootstrap_samples, "confidence": config.confidence, "seed": config.seed}
+
+    def row(scorer: str) -> dict[str, Any]:
+        ours, theirs = candidate.scores[scorer], champion.scores[scorer]
+        won = wins(ours, theirs)
+        controlled = length_controlled_win_rate(won, longer, **how)
+        return {
+            "candidate": float(ours.mean()),
+            "champion": float(theirs.mean()),
+            "gain": _json(gain_interval(ours.mean(1), theirs.mean(1), **how)),
+            "win_rate": _json(mean_interval(won.mean(1), **how)),
+            "length_controlled_win_rate": controlled and _json(controlled),
+        }
+
+    return {scorer: row(scorer) for scorer in DUEL_SCORERS if scorer in candidate.scores}
+
+
 def _row(config: EvaluateConfig, everyone: Mapping[str, Answers], divergence: Divergence, name: str) -> dict[str, Any]:
     answers, sft, human = everyone[name], everyone["sft"], everyone["human"]
     labels = {
@@ -52,6 +76,7 @@ def _row(config: EvaluateConfig, everyone: Mapping[str, Answers], divergence: Di
         "sft": "SFT",
         "best-of-n": f"SFT, best of {config.best_of}",
         "ppo": "PPO",
+        "champion": "Champion",
     }
 
     def mean(values: np.ndarray) -> dict[str, float]:
@@ -145,8 +170,20 @@ def headline(found: Mapping[str, Any], tables: Mapping[str, Any]) -> dict[str, A
         "best_possible": model["best_possible"],
         "share_of_the_way": model["share_of_the_way"],
     }
+    words = {}
+    if beside := found["champion"]:
+        words = {"champion": beside["word"]}
+        low, high = beside["interval"]
+        numbers |= {"champion_gain": beside["gain"], "champion_low": low, "champion_high": high}
     known = {name: value for name, value in numbers.items() if value is not None}
-    return {"verdict": found["word"], "by": by, "questions": found["questions"], "reward_hacking": found["reward_hacking"], **known}
+    return {
+        "verdict": found["word"],
+        **words,
+        "by": by,
+        "questions": found["questions"],
+        "reward_hacking": found["reward_hacking"],
+        **known,
+    }
 
 
 def read_json(path: Path) -> Any:

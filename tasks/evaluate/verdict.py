@@ -7,7 +7,13 @@ from tasks.evaluate.bootstrap import Interval
 
 MIN_QUESTIONS = 10  # the percentile interval of fewer is far too narrow to found anything on
 BETTER, NO_EVIDENCE, WORSE = "better", "no-evidence", "worse"
-SCORER_NAMES = {"true": "the true reward", "judge": "the independent judge", "reward": "the training reward model"}
+SCORER_NAMES = {
+    "true": "the true reward",
+    "judge": "the independent judge",
+    "reward": "the training reward model",
+    "judges": "the mean of both runs' judges",
+    "champion_judge": "the champion's judge",
+}
 
 
 def word(gain: Interval, questions: int) -> str:
@@ -26,18 +32,11 @@ def verdict(gains: Mapping[str, Interval], questions: int, confidence: float) ->
     gain = gains[by]
     result = word(gain, questions)
     hacking = gains["reward"].low > 0 and result != BETTER and questions >= MIN_QUESTIONS
-    percent = f"{100 * confidence:g} %"
     found = {
         BETTER: "PPO's answers are better than SFT's",
         WORSE: "PPO's answers are worse than SFT's",
         NO_EVIDENCE: "There is no evidence that PPO's answers are better or worse than SFT's",
     }[result]
-    sentence = (
-        f"{found}: by {SCORER_NAMES[by]} they gain {gain.value:+.3f} on average over {questions} held-out questions "
-        f"({percent} interval {gain.low:+.3f} to {gain.high:+.3f})."
-    )
-    if questions < MIN_QUESTIONS:
-        sentence += f" Fewer than {MIN_QUESTIONS} questions decide nothing: raise evaluate.max_questions."
     return {
         "word": result,
         "gain": gain.value,
@@ -45,11 +44,59 @@ def verdict(gains: Mapping[str, Interval], questions: int, confidence: float) ->
         "by": by,
         "questions": questions,
         "confidence": confidence,
-        "sentence": sentence,
+        "sentence": f"{found}: {_measured(gain, by, questions, confidence)}",
         "gains": {name: {"gain": g.value, "interval": [g.low, g.high]} for name, g in gains.items()},
         "reward_hacking": hacking,
         "remark": _remark(gains, by, result, hacking),
     }
+
+
+def champion_verdict(gains: Mapping[str, Interval], questions: int, confidence: float) -> dict[str, Any]:
+    """The candidate against the champion from the paired gain by each scorer (tables.DUEL_SCORERS).
+
+    Decided by the truth where it is known, else by the mean of both runs' judges: each judge was trained on its own run's data and
+    on its own run's model, and may lean to that run's policy. The mean turns its sign when the two change places.
+    """
+    by = "true" if "true" in gains else "judges"
+    gain = gains[by]
+    result = word(gain, questions)
+    found = {
+        BETTER: "PPO's answers are better than the champion's",
+        WORSE: "PPO's answers are worse than the champion's",
+        NO_EVIDENCE: "There is no evidence that PPO's answers are better or worse than the champion's",
+    }[result]
+    return {
+        "word": result,
+        "gain": gain.value,
+        "interval": [gain.low, gain.high],
+        "by": by,
+        "questions": questions,
+        "confidence": confidence,
+        "sentence": f"{found}: {_measured(gain, by, questions, confidence)}",
+        "gains": {name: {"gain": g.value, "interval": [g.low, g.high]} for name, g in gains.items()},
+        "remark": _of_the_judges(gains, questions) if by == "judges" else "",
+    }
+
+
+def _of_the_judges(gains: Mapping[str, Interval], questions: int) -> str:
+    own, theirs = (word(gains[name], questions) for name in ("judge", "champion_judge"))
+    if own == theirs:
+        return ""
+    told = ", ".join(
+        f"{whose} says {result} ({gains[name].value:+.2f})"
+        for whose, name, result in (("this run's", "judge", own), ("the champion's", "champion_judge", theirs))
+    )
+    return f"The two runs' judges do not agree: {told}. Each was trained on its own run's data, and may lean to that run's policy."
+
+
+def _measured(gain: Interval, by: str, questions: int, confidence: float) -> str:
+    sentence = (
+        f"by {SCORER_NAMES[by]} they gain {gain.value:+.3f} on average over {questions} held-out questions "
+        f"({100 * confidence:g} % interval {gain.low:+.3f} to {gain.high:+.3f})."
+    )
+    if questions < MIN_QUESTIONS:
+        sentence += f" Fewer than {MIN_QUESTIONS} questions decide nothing: raise evaluate.max_questions."
+    return sentence
 
 
 def _remark(gains: Mapping[str, Interval], by: str, result: str, hacking: bool) -> str:

@@ -1,17 +1,22 @@
 """Invented answers of everybody, and the report made of them."""
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tasks.evaluate import plots
 from tasks.evaluate.answers import Answers
+from tasks.evaluate.bootstrap import Interval
 from tasks.evaluate.config import EvaluateConfig
+from tasks.evaluate.duel import Pair
 from tasks.evaluate.evaluate import side_by_side
 from tasks.evaluate.report import Report
-from tasks.evaluate.tables import Divergence, gain_of, tabulate
-from tasks.evaluate.verdict import verdict
+from tasks.evaluate.tables import Divergence, duel_table, gain_of, tabulate
+from tasks.evaluate.verdict import champion_verdict, verdict
+from tests.evaluate.folders import simulated_eval, trained
 
 QUESTIONS = 20
 HOSTILE = '<script>alert("x")</script><img src=http://evil.test/a.png onerror=alert(1)> {{ 7 * 7 }} " onmouseover="x'
@@ -47,6 +52,7 @@ def page(everyone, evaluate_config, tmp_path_factory) -> Report:
     )
     tables = tabulate(evaluate_config, everyone, divergence)
     rule = {"accuracy": 0.6, "interval": [0.55, 0.65]}
+    tables["champion"] = None
     tables["reward_model"] = {
         "accuracy": 0.7, "interval": [0.65, 0.75],
         "judge": {"accuracy": 0.69, "interval": [0.6, 0.75]}, "baselines": {"longer_wins": rule},
@@ -68,7 +74,7 @@ def page(everyone, evaluate_config, tmp_path_factory) -> Report:
     }  # fmt: skip
     questions = [{"site": "x.test", "qid": q, "title": HOSTILE, "question": HOSTILE, "answers": [answer]} for q in range(QUESTIONS)]
     return Report(
-        verdict=found | {"samples_per_question": 2},
+        verdict=found | {"samples_per_question": 2, "champion": None},
         tables=tables,
         samples=side_by_side(questions, everyone, 3, seed=1),
         figures=figures,
@@ -80,3 +86,37 @@ def page(everyone, evaluate_config, tmp_path_factory) -> Report:
         config=evaluate_config.identity(),
         notice=HOSTILE,
     )
+
+
+@pytest.fixture(scope="session")
+def page_with_champion(page, everyone, evaluate_config) -> Report:
+    """The same beside a champion that this run's judge thinks worse than PPO, and its own judge better; the two cancel."""
+    rng = np.random.default_rng(1)
+    candidate, champion = replace(everyone["ppo"], scores={}), replace(everyone["sft"], scores={})
+    for answers, lean in ((candidate, 0.2), (champion, -0.2)):
+        own = lean + 0.05 * rng.normal(size=(2, QUESTIONS, 2))
+        answers.scores |= {"reward": own[0], "judge": own[0], "champion_judge": -own[1], "judges": (own[0] - own[1]) / 2}
+    table = duel_table(evaluate_config, Pair(candidate, champion))
+    found = champion_verdict({name: Interval(**row["gain"]) for name, row in table.items()}, QUESTIONS, 0.95)
+    row = next(row for row in page.tables["models"] if row["name"] == "ppo") | {"name": "champion", "label": "Champion"}
+    return replace(
+        page,
+        verdict={**page.verdict, "champion": found | {"key": "f00d" * 16}},
+        tables={**page.tables, "models": [*page.tables["models"], row], "champion": table},
+        samples=[{**one, "answers": {**one["answers"], "champion": one["answers"]["sft"]}} for one in page.samples],
+    )
+
+
+@pytest.fixture(scope="session")
+def models(tiny_model, tmp_path_factory) -> dict[str, Path]:
+    """The tiny model as base and as sft, a reward model and a judge that prefer other things, and a policy that learned nothing."""
+    made = trained(tmp_path_factory.mktemp("models"), tiny_model)
+    (made["ppo"] / "curves.json").write_text(
+        '[{"step": 0, "eval/score": 0.0}, {"step": 1, "eval/score": 0.1, "objective/kl": 0.0}]'
+    )
+    return made
+
+
+@pytest.fixture(scope="session")
+def simulated_site(tmp_path_factory) -> Path:
+    return simulated_eval(tmp_path_factory.mktemp("simulated"))

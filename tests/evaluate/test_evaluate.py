@@ -5,68 +5,15 @@ import os
 import traceback
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
 
 from tasks import distributed
-from tasks.compute import Compute
 from tasks.distributed import World
-from tasks.evaluate.evaluate import evaluate
-from tasks.ingest.simulated.world import ATTRIBUTES, PARTS, SITE
-from tasks.models import adapter_parameters, add_lora, load_model, load_tokenizer, save_lora
-from tasks.progress import Progress, listening
-from tasks.reward.model import RewardModel, ScoreHead, save
-from tasks.sft.config import LoRAConfig
-
-LORA = LoRAConfig(r=2, alpha=4, dropout=0.0)
-
-
-@pytest.fixture(scope="module")
-def models(tiny_model, tmp_path_factory) -> dict[str, Path]:
-    """The tiny model as base and as sft, a reward model and a judge that prefer other things, and a policy that learned nothing."""
-    root = tmp_path_factory.mktemp("models")
-    model = load_model(tiny_model / "model", "fp32", "cpu")
-    for name, folder, seed in (("reward", root / "reward", 1), ("judge", root / "reward" / "judge", 2)):
-        model = add_lora(model, LORA, name, seed)
-        torch.manual_seed(seed)
-        for parameter in adapter_parameters(model, name):
-            torch.nn.init.normal_(parameter, std=0.2)
-        folder.mkdir()
-        save(RewardModel(model, name, ScoreHead(32, seed), mean=0.5, std=2.0), folder)
-    model = add_lora(model, LORA, "policy", 3)
-    save_lora(model, root / "ppo" / "policy", "policy")
-    (root / "ppo" / "curves.json").write_text(
-        '[{"step": 0, "eval/score": 0.0}, {"step": 1, "eval/score": 0.1, "objective/kl": 0.0}]'
-    )
-    return {"base": tiny_model, "sft": tiny_model, "reward": root / "reward", "ppo": root / "ppo"}
-
-
-@pytest.fixture(scope="module")
-def simulated_site(tmp_path_factory) -> Path:
-    """12 eval questions of the simulated site."""
-    root = tmp_path_factory.mktemp("simulated")
-    rows = []
-    for qid, part in enumerate(PARTS[:12], start=1):
-        attribute = ATTRIBUTES[qid % len(ATTRIBUTES)]
-        title = attribute.titles[0].format(part=part, sign=next(iter(attribute.facts)))
-        answer = {"answer_id": qid, "text": attribute.methods[0], "pm_score": 2, "votes": 3, "selected": True}
-        rows.append(
-            {"site": SITE, "qid": qid, "title": title, "question": title, "answers": [answer], "pairs": [], "split": "eval"}
-        )
-    folder = root / "questions" / f"site={SITE}" / "split=eval"
-    folder.mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(rows), folder / "part-00000.parquet")
-    (root / "card.json").write_text('{"simulated": true, "best_possible_accuracy": 0.8}')
-    (root / "NOTICE.md").write_text("Answers by Ada.")
-    return root
-
-
-def run(config, models, data, out) -> dict:
-    out.mkdir()
-    return evaluate(config, **models, data=data, out=out, compute=Compute(device="cpu", threads=1), progress=Progress("evaluate"))
+from tasks.models import load_tokenizer
+from tasks.progress import listening
+from tests.evaluate.folders import run, with_manifest
 
 
 @pytest.fixture(scope="module")
@@ -187,11 +134,19 @@ def test_two_processes_come_to_the_same_tables_as_one(
         )
 
 
-def test_a_policy_is_evaluated_on_the_base_that_it_was_trained_on(evaluate_config, models, toy_site, tmp_path):
-    folder = tmp_path / "trained"
-    folder.mkdir()
-    for name in ("policy", "curves.json"):
-        (folder / name).symlink_to(models["ppo"] / name)
-    (folder / "manifest.json").write_text('{"config": {"quantization": "8bit"}}')
-    with pytest.raises(ValueError, match=r"ppo in .* was trained on 8bit: set evaluate.quantization=8bit"):
-        run(evaluate_config, {**models, "ppo": folder}, toy_site, tmp_path / "out")
+@pytest.mark.parametrize("step", ["ppo", "reward"])
+def test_a_policy_is_evaluated_on_the_base_that_it_was_trained_on(evaluate_config, models, toy_site, tmp_path, step):
+    folder = with_manifest(tmp_path / "store", models[step], step, quantization="8bit")
+    with pytest.raises(ValueError, match=rf"{step} in .* was trained on 8bit: set evaluate.quantization=8bit"):
+        run(evaluate_config, {**models, step: folder}, toy_site, tmp_path / "out")
+
+
+def test_the_report_names_what_it_was_made_from_and_scores_are_read_no_further_than_they_were_trained(
+    evaluated, evaluate_config, models, simulated_site, tmp_path
+):
+    reward = with_manifest(tmp_path / "store", models["reward"], "reward", max_length=24)
+    run(evaluate_config, {**models, "reward": reward}, simulated_site, tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f'<td class="key">{reward.name}</td><td>1</td><td>1 min 15 s</td>' in page
+    short, whole = (strict(out / "tables.json")["models"] for out in (tmp_path / "out", evaluated[0]))
+    assert short[0]["scores"]["judge"] != whole[0]["scores"]["judge"]

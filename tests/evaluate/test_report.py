@@ -122,6 +122,31 @@ def test_the_markdown_report_is_short_and_shows_all_five_writers(page):
     assert "<script>" not in text
 
 
+def test_beside_a_champion_both_verdicts_are_told_with_who_decided_and_that_each_judge_may_lean_to_its_own(page_with_champion):
+    parsed, found = Page(html(page_with_champion)), page_with_champion.verdict["champion"]
+    assert parsed.open == []
+    assert found["word"] == "no-evidence"
+    for part in (found["sentence"], "f00df00df00d", "Mean of both judgesdecides", "may lean to that run’s policy", found["remark"]):
+        assert part in parsed.text
+    body = parsed.text[parsed.text.index("evaluation on held-out questions") :]
+    assert body.index("Better.") < body.index("Beside the champion: no evidence.") < body.index("Who answers best")
+
+
+def test_the_markdown_report_has_a_table_beside_the_champion(page_with_champion):
+    text = markdown(page_with_champion)
+    assert "**Beside the champion `f00df00df00d`: no evidence.**" in text
+    tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
+    assert [len(rows) for rows in tables] == [2 + 6, 2 + 4]
+    for rows in tables:
+        assert len({line.count("|") for line in rows}) == 1
+    assert "| Mean of both judges (decides) |" in text
+
+
+def test_without_a_champion_no_page_speaks_of_one(page):
+    assert "hampion" not in Page(html(page)).text.replace("stackrlhf", "")
+    assert "hampion" not in markdown(page)
+
+
 def test_the_gauge_keeps_the_order_of_the_numbers_and_stays_on_the_line():
     found = gauge({"gain": -0.2, "interval": [-0.3, -0.1]})
     assert 0 < found["low"] < found["gain"] < found["high"] < found["zero"] < 100

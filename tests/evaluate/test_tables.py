@@ -74,3 +74,10 @@ def test_the_headline_is_flat_and_without_holes(page):
         numbers
     )
     assert all(isinstance(value, str | int | float) for value in numbers.values())
+    assert "champion" not in numbers
+
+
+def test_the_headline_tells_the_verdict_beside_the_champion(page_with_champion):
+    numbers = headline(page_with_champion.verdict, page_with_champion.tables)
+    assert (numbers["verdict"], numbers["champion"]) == ("better", "no-evidence")
+    assert numbers["champion_low"] <= numbers["champion_gain"] <= numbers["champion_high"]
