@@ -283,6 +283,8 @@ H100_80GB = STACKLLAMA_7B.model_copy(
 )
 """One GPU of 80 GB: a 1.7 B model in bf16, some hours."""
 
+PresetName = Literal["tiny", "ci", "smollm2", "stackllama-7b", "h100-80gb"]
+"""What a flow run's `config` may be instead of a whole configuration."""
 PRESETS: dict[str, RLHFConfig] = {preset.name: preset for preset in (TINY, CI, SMOLLM2, STACKLLAMA_7B, H100_80GB)}
 
 

@@ -1,133 +1,102 @@
-"""One flow per step, so that each can be a job of its own on a work pool. Inputs and result are references, never data."""
+"""One flow per step, so that each can be a job of its own on a work pool. Inputs and result are references, never data.
 
+The parameters of a step's flow are those of its task, and `store`, `compute` and `refresh` in the place of `execution`.
+"""
+
+import inspect
+import logging
 import os
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
-from prefect import flow
+from prefect import Flow, Task, flow, runtime
 from prefect.client.schemas.objects import State
-from prefect.states import Completed
+from prefect.exceptions import TerminationSignal
+from prefect.states import Cancelled, Completed
 
-from tasks.artifacts import Artifact
-from tasks.base.config import BaseModelConfig
+from flows.attempts import begin_attempt, is_cancelling
+from flows.memory import PROCESS, before_running
+from flows.presets import TINY, RLHFConfig, Step
+from tasks.artifacts import Artifact, Manifest, Store
 from tasks.base.task import base as base_task
 from tasks.compute import Compute
-from tasks.evaluate.config import EvaluateConfig
 from tasks.evaluate.task import evaluate as evaluate_task
-from tasks.ingest.config import IngestConfig
 from tasks.ingest.task import ingest as ingest_task
-from tasks.ppo.config import PPOConfig
+from tasks.manifest import MANIFEST
 from tasks.ppo.task import ppo as ppo_task
-from tasks.promote.config import PromoteConfig
 from tasks.promote.task import promote as promote_task
-from tasks.reward.config import RewardConfig
 from tasks.reward.task import reward as reward_task
-from tasks.sft.config import SFTConfig
 from tasks.sft.task import sft as sft_task
 from tasks.task import Execution
+
+logger = logging.getLogger(__name__)
 
 STORE = os.environ.get("STACKRLHF_STORE", "./store")
 DEFAULT_COMPUTE = Compute()
 
 
-def own(state: Any) -> State[Artifact]:
-    """The step's state as the flow's own: Cached where the artifact was stored. Raises what the step raised."""
-    return Completed(name=state.name, message=state.message, data=state.result())
+def _execution(*, store: str = STORE, compute: Compute = DEFAULT_COMPUTE, refresh: bool = False) -> Execution:
+    return Execution(store=store, compute=compute, refresh=refresh)
 
 
-@flow(name="ingest", flow_run_name="ingest", persist_result=False)
-def ingest(
-    config: IngestConfig, *, store: str = STORE, compute: Compute = DEFAULT_COMPUTE, refresh: bool = False
-) -> State[Artifact]:
-    """From StackExchange dumps, or a simulated site, to questions, pairs and splits."""
-    return own(ingest_task(config, Execution(store=store, compute=compute, refresh=refresh), return_state=True))
+def job(task: Task[..., Any]) -> Flow[..., State[Artifact]]:
+    """The flow of one step."""
+
+    def run(config: Any, **given: Any) -> State[Artifact]:
+        begin_attempt()
+        execution = _execution(**{name: given.pop(name) for name in ("store", "compute", "refresh")})
+        _check_memory(cast(Step, task.name), config, given, execution)
+        try:
+            state: Any = task(config, execution, **given, return_state=True)
+        except TerminationSignal:
+            # A step that saves its state before it ends does not hear Prefect's word for why it has to.
+            if is_cancelling():
+                return Cancelled(message=f"{task.name} was cancelled; what it had saved is kept")
+            raise
+        # Cached where the artifact was stored; raises what the step raised
+        return Completed(name=state.name, message=state.message, data=state.result())
+
+    own = [parameter for name, parameter in inspect.signature(task.fn).parameters.items() if name != "execution"]
+    run.__signature__ = inspect.Signature([*own, *inspect.signature(_execution).parameters.values()])  # type: ignore[attr-defined]
+    run.__name__, run.__doc__ = task.name, task.fn.__doc__
+    return flow(name=task.name, flow_run_name=lambda: name_of_run(task.name), persist_result=False)(run)
 
 
-@flow(name="base", flow_run_name="base", persist_result=False)
-def base(
-    config: BaseModelConfig, *, ingest: Artifact, store: str = STORE, compute: Compute = DEFAULT_COMPUTE, refresh: bool = False
-) -> State[Artifact]:
-    """The language model that everything starts from."""
-    return own(base_task(config, Execution(store=store, compute=compute, refresh=refresh), ingest=ingest, return_state=True))
+def name_of_run(step: str) -> str:
+    """What the pipeline called its job, such as "sft of tiny on a simulated site"; else the step."""
+    return str(runtime.flow_run.name) if runtime.flow_run.parent_flow_run_id else step
 
 
-@flow(name="sft", flow_run_name="sft", persist_result=False)
-def sft(
-    config: SFTConfig,
-    *,
-    base: Artifact,
-    ingest: Artifact,
-    store: str = STORE,
-    compute: Compute = DEFAULT_COMPUTE,
-    refresh: bool = False,
-) -> State[Artifact]:
-    """Supervised fine-tuning on each question's best answer."""
-    return own(
-        sft_task(config, Execution(store=store, compute=compute, refresh=refresh), base=base, ingest=ingest, return_state=True)
-    )
+def _check_memory(step: Step, config: Any, inputs: dict[str, Any], execution: Execution) -> None:
+    """ValueError before a step begins that this machine has no memory for."""
+    if step not in PROCESS:
+        return
+    store = Store(execution.store)
+    sections: dict[str, Any] = {step: config}
+    base: Path | None = None
+    for name, artifact in inputs.items():
+        if not isinstance(artifact, Artifact) or name not in PROCESS:
+            continue
+        folder = _folder(store, artifact)
+        if name in {"base", "sft"}:
+            base = folder  # both have the model's config.json
+        if name in {"sft", "reward", "ppo"}:
+            made_with = Manifest.parse((folder / MANIFEST).read_text(encoding="utf-8")).identity.config
+            sections[name] = RLHFConfig.model_fields[name].annotation.model_validate(made_with)  # type: ignore[union-attr]
+    warning = before_running(step, TINY.model_copy(update=sections), base, execution.compute)
+    if warning:
+        logger.warning(warning)
 
 
-@flow(name="reward", flow_run_name="reward", persist_result=False)
-def reward(
-    config: RewardConfig,
-    *,
-    sft: Artifact,
-    ingest: Artifact,
-    store: str = STORE,
-    compute: Compute = DEFAULT_COMPUTE,
-    refresh: bool = False,
-) -> State[Artifact]:
-    """The reward model, and the judge, which watches PPO and never rewards it."""
-    return own(
-        reward_task(config, Execution(store=store, compute=compute, refresh=refresh), sft=sft, ingest=ingest, return_state=True)
-    )
+def _folder(store: Store, artifact: Artifact) -> Path:
+    """Of an artifact; the step itself checks every byte of what it reads."""
+    return store.open(artifact) if "://" in store.uri else store.folder(artifact.step, artifact.key)
 
 
-@flow(name="ppo", flow_run_name="ppo", persist_result=False)
-def ppo(
-    config: PPOConfig,
-    *,
-    sft: Artifact,
-    reward: Artifact,
-    ingest: Artifact,
-    store: str = STORE,
-    compute: Compute = DEFAULT_COMPUTE,
-    refresh: bool = False,
-) -> State[Artifact]:
-    """Proximal policy optimization against the reward model."""
-    execution = Execution(store=store, compute=compute, refresh=refresh)
-    return own(ppo_task(config, execution, sft=sft, reward=reward, ingest=ingest, return_state=True))
-
-
-@flow(name="evaluate", flow_run_name="evaluate", persist_result=False)
-def evaluate(
-    config: EvaluateConfig,
-    *,
-    base: Artifact,
-    sft: Artifact,
-    reward: Artifact,
-    ppo: Artifact,
-    ingest: Artifact,
-    store: str = STORE,
-    compute: Compute = DEFAULT_COMPUTE,
-    refresh: bool = False,
-) -> State[Artifact]:
-    """Everybody answers the same held-out questions; a verdict follows."""
-    execution = Execution(store=store, compute=compute, refresh=refresh)
-    return own(evaluate_task(config, execution, base=base, sft=sft, reward=reward, ppo=ppo, ingest=ingest, return_state=True))
-
-
-@flow(name="promote", flow_run_name="promote", persist_result=False)
-def promote(
-    config: PromoteConfig,
-    *,
-    evaluate: Artifact,
-    ppo: Artifact,
-    sft: Artifact,
-    reward: Artifact,
-    store: str = STORE,
-    compute: Compute = DEFAULT_COMPUTE,
-    refresh: bool = False,
-) -> State[Artifact]:
-    """Move the champion pointer if the verdict is *better*."""
-    execution = Execution(store=store, compute=compute, refresh=refresh)
-    return own(promote_task(config, execution, evaluate=evaluate, ppo=ppo, sft=sft, reward=reward, return_state=True))
+ingest = job(ingest_task)
+base = job(base_task)
+sft = job(sft_task)
+reward = job(reward_task)
+ppo = job(ppo_task)
+evaluate = job(evaluate_task)
+promote = job(promote_task)

@@ -12,11 +12,18 @@ if TYPE_CHECKING:
     import torch
 
 
+Tracker = Literal["tensorboard", "mlflow", "wandb", "trackio"]
+
+
 class Compute(BaseModel):
     """Where and how a step runs: device, threads, processes, machines, per-device batch."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    executor: Literal["inline", "pool"] = "inline"
+    """inline: the steps run in this process. pool: each step that is not stored yet is a job of its own on Prefect's work pools."""
+    report_to: tuple[Tracker, ...] = ()
+    """Experiment trackers that are told each step's settings and metrics; each needs its extra (pip install stackrlhf[mlflow])."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is one."""
     threads: int | None = Field(None, ge=1)

@@ -76,7 +76,8 @@ def watching(watcher: Callable[[Event], None]) -> Iterator[None]:
         _watchers.remove(watcher)
 
 
-def _tell(event: Event) -> None:
+def tell(event: Event) -> None:
+    """To everyone who watches."""
     for watcher in tuple(_watchers):
         try:
             watcher(event)
@@ -109,9 +110,9 @@ def run_step(
             for warning in warnings:
                 logger.warning(warning)
             outcome = Outcome(store.artifact(manifest), manifest, True, time.monotonic() - started, warnings)
-            _tell(Event(step, "stored", outcome))
+            tell(Event(step, "stored", outcome))
             return outcome
-        _tell(Event(step, "running"))
+        tell(Event(step, "running"))
         folders = {name: store.open(artifact) for name, artifact in inputs.items()}
         with deferring() if resumable else nullcontext():
             with store.attempt(identity.key) as out, _checkpoints(out, identity.key, digests, refresh, resumable) as kept:
@@ -139,10 +140,10 @@ def run_step(
                     replace=refresh,
                 )
             outcome = Outcome(store.artifact(manifest), manifest, False, time.monotonic() - started)
-            _tell(Event(step, "ran", outcome))
+            tell(Event(step, "ran", outcome))
         return outcome
     except Exception as error:
-        _tell(Event(step, "failed"))
+        tell(Event(step, "failed"))
         raise StepFailed(step, error) from error
 
 
@@ -175,7 +176,7 @@ def follow_step(
         manifest = store.load(identity, digests)
         cached = manifest is not None
         if manifest is None:
-            _tell(Event(step, "running"))
+            tell(Event(step, "running"))
             if share is not None:
                 folders = {name: store.open(artifact) for name, artifact in inputs.items()}
                 with deferring(), store.attempt(identity.key) as out:
@@ -184,10 +185,10 @@ def follow_step(
             while (manifest := store.find(identity, digests)) is None:
                 time.sleep(WAIT_SECONDS)
         outcome = Outcome(store.artifact(manifest), manifest, cached, time.monotonic() - started)
-        _tell(Event(step, "stored" if cached else "ran", outcome))
+        tell(Event(step, "stored" if cached else "ran", outcome))
         return outcome
     except Exception as error:
-        _tell(Event(step, "failed"))
+        tell(Event(step, "failed"))
         raise StepFailed(step, error) from error
 
 

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from threading import Event
+from typing import get_args
 
 import pytest
 
@@ -33,12 +34,11 @@ def task_states(run_id) -> dict[str, str]:
 
 
 def flow_run(**more):
-    from flows.presets import resolve
     from flows.rlhf import rlhf
     from tasks.compute import Compute
 
-    config = resolve("ci", SMALL | more.pop("overrides", {}))
-    return rlhf(config=config, compute=Compute(threads=1, workers=1), return_state=True, **more)
+    overrides = SMALL | more.pop("overrides", {})
+    return rlhf(config="ci", overrides=overrides, compute=Compute(threads=1, workers=1), return_state=True, **more)
 
 
 def artifacts_of(run_id) -> dict[str, str]:
@@ -67,7 +67,7 @@ def test_a_run_has_a_name_and_leaves_progress_and_a_report(tmp_path):
     state = flow_run(store=str(tmp_path / "store"), until="ingest")
     run_id = state.state_details.flow_run_id
     with get_client(sync_client=True) as client:
-        assert client.read_flow_run(run_id).name == "ci on a simulated site up to ingest"
+        assert client.read_flow_run(run_id).name == "ci on a simulated site with ingest.simulate.questions=60 up to ingest"
     found = artifacts_of(run_id)
     assert found["ingest-progress"] == 100
     assert "#" in found["ingest-report"]
@@ -89,7 +89,7 @@ def test_a_failed_step_is_named_and_what_came_before_it_is_kept(store):
 
 
 def test_a_dashboard_that_hangs_does_not_hold_up_the_step(tmp_path, monkeypatch):
-    import tasks.task as adapter
+    import tasks.dashboard as adapter
 
     released, asked = Event(), []
 
@@ -97,7 +97,7 @@ def test_a_dashboard_that_hangs_does_not_hold_up_the_step(tmp_path, monkeypatch)
         asked.append(1)
         released.wait(60)
 
-    monkeypatch.setattr(adapter, "create_progress_artifact", hang)
+    monkeypatch.setattr(adapter, "get_client", hang)
     started = time.monotonic()
     try:
         assert flow_run(store=str(tmp_path / "store"), until="ingest").is_completed()
@@ -108,13 +108,12 @@ def test_a_dashboard_that_hangs_does_not_hold_up_the_step(tmp_path, monkeypatch)
 
 
 def test_a_dashboard_that_raises_does_not_fail_the_step(tmp_path, monkeypatch):
-    import tasks.task as adapter
+    import tasks.dashboard as adapter
 
     def fail(*_, **__):
         raise ConnectionError("no API")
 
-    monkeypatch.setattr(adapter, "create_progress_artifact", fail)
-    monkeypatch.setattr(adapter, "create_markdown_artifact", fail)
+    monkeypatch.setattr(adapter, "get_client", fail)
     assert flow_run(store=str(tmp_path / "store"), until="ingest").is_completed()
 
 
@@ -165,9 +164,27 @@ def test_the_dashboards_form_refuses_what_the_config_refuses():
     from prefect.exceptions import ParameterTypeError
     from prefect.flows import load_flow_from_entrypoint
 
+    from flows.presets import PRESETS, PresetName
+
     flow = load_flow_from_entrypoint("flows.rlhf:rlhf")
     properties = flow.parameters.model_dump()["properties"]
     assert set(properties) == {"config", "overrides", "refresh", "until", "store", "compute"}
     assert "PPO iterations" in json.dumps(flow.parameters.model_dump()["definitions"])
     with pytest.raises(ParameterTypeError):
         flow.validate_parameters({"until": "training"})
+    assert get_args(PresetName) == tuple(PRESETS)
+    assert flow.validate_parameters({"config": "smollm2"})["config"] == "smollm2"
+    assert flow.validate_parameters({"config": PRESETS["ci"].model_dump()})["config"] == PRESETS["ci"]
+    with pytest.raises(ParameterTypeError):
+        flow.validate_parameters({"config": "giant"})
+
+
+def test_the_form_of_a_steps_job_is_that_of_its_task():
+    from prefect.flows import load_flow_from_entrypoint
+
+    flow = load_flow_from_entrypoint("flows.steps:ppo")
+    form = flow.parameters.model_dump()
+    assert set(form["properties"]) == {"config", "sft", "reward", "ingest", "store", "compute", "refresh"}
+    assert set(form["required"]) == {"config", "sft", "reward", "ingest"}
+    assert {"PPOConfig", "Artifact", "Compute"} <= set(form["definitions"])
+    assert flow.description == "Proximal policy optimization against the reward model."
