@@ -61,7 +61,7 @@ def write(
     (out / "card.json").write_text(json.dumps(card, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     text = _markdown(card)
     (out / "CARD.md").write_text(text, encoding="utf-8")
-    (out / "REPORT.md").write_text(text, encoding="utf-8")
+    (out / "REPORT.md").write_text(_with_picture(text, card), encoding="utf-8")
     (out / "NOTICE.md").write_text(_notice(card, summaries), encoding="utf-8")
     total, rows = card["total"], card["rows"]
     metrics = {
@@ -232,6 +232,32 @@ def _markdown(card: dict[str, Any]) -> str:
         "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _with_picture(text: str, card: dict[str, Any]) -> str:
+    """The card as the dashboard shows it: under its first table, splits, votes and baselines at a glance."""
+    if not card["total"]["pairs"]:
+        return text
+    from tasks.curves import LINES, MUTED, finish, image, sheet
+
+    figure, (splits, gaps, rules) = sheet(1, 3, width=2.7, height=2.3)
+    shares = {name: split["questions"] for name, split in card["splits"].items()}
+    splits.bar(list(shares), list(shares.values()), color=LINES[0], width=0.7)
+    finish(splits, "Questions per split", x=False)
+    gaps.bar(list(card["score_gaps"]), list(card["score_gaps"].values()), color=LINES[2], width=0.7)
+    finish(gaps, "Pairs by pm_score apart", x=False)
+    baselines = {name: 100 * value for name, value in card["total"]["baselines"].items()}
+    if card["best_possible_accuracy"] is not None:
+        baselines["best possible"] = 100 * card["best_possible_accuracy"]
+    rules.barh([name.replace("_", " ") for name in baselines], list(baselines.values()), color=LINES[4], height=0.6)
+    rules.axvline(50, color=MUTED, linewidth=1)
+    rules.set_xlim(min(40, *baselines.values()) - 5, 100)
+    rules.invert_yaxis()
+    rules.set_title("Right by a rule (%)", fontsize=9, fontweight="bold", loc="left")
+    picture = image(figure, "questions per split, pairs by score gap, baselines")
+    text = text.replace("| left out | rows |\n| --- | --- |\n\n", "")  # a table without rows is drawn as a dot
+    before, rest = text.split("\n## Rows\n", 1)
+    return f"{before}\n{picture}\n\n## Rows\n{rest}"
 
 
 def _line(name: str, split: dict[str, Any]) -> tuple[str, ...]:

@@ -10,7 +10,8 @@ Files are fetched whole instead of being read where they lie: py7zr has to seek,
 checksum is told of a range. What came is checked against every digest that the server gives (and S3's ETag), and against one that
 the user pins: `https://…/beer.stackexchange.com.7z#sha256=<64 hex digits>`.
 
-A file from https:// is not asked for again: delete it to have a newer one. An object in S3 is fetched again when its ETag changed.
+A server is asked once in a process whether it has another version than the one in the cache (If-None-Match, If-Modified-Since);
+where it does not answer the cached one is used, with a warning. An object in S3 is fetched again when its ETag changed.
 """
 
 import base64
@@ -22,6 +23,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import logging
 import os
 import random
 import re
@@ -37,7 +39,11 @@ from urllib.parse import unquote, urlsplit
 from tasks.disk import cache_folder
 from tasks.progress import Progress
 
+logger = logging.getLogger(__name__)
+
 CHUNK = 4_000_000  # bytes
+ASK_AGAIN = 12 * 3600.0  # seconds; a run that reads a dump must not find another one at its end
+ASK_TRIES = 2
 TRIES = 6  # in a row that bring nothing new
 MOST_TRIES = 100
 LONGEST_WAIT = 60.0  # seconds between two tries; a server's Retry-After may ask for 300
@@ -95,6 +101,36 @@ class Record:
     """What the file was compared with when it came: size, and digests by algorithm."""
 
 
+_asked: dict[str, float] = {}
+"""Address -> when (time.monotonic) this process learned that its file in the cache is what the server has."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a server says of a file that it has now."""
+
+    etag: str | None
+    modified: str | None
+    size: int | None  # bytes
+
+
+def standing(address: str, *, wait: float = 1.0, patience: float = 30.0) -> Standing:
+    """Which version of a file an http(s) server has now, asked without fetching it; the next `fetch` asks it too.
+
+    NotThere where it has none; a ValueError says in one line why it cannot be told.
+    """
+    _, bare = _pin(address)
+    name(bare)
+    with contextlib.closing(_Web(bare, patience, True)) as server:
+        try:
+            version = _ask(server, {}, wait)
+        except _Broken as error:
+            raise ValueError(f"{server.shown}: {error}: check the address and the network, or try again") from error
+    _asked.pop(bare, None)
+    assert version is not None, "only a conditional request is answered by 304"
+    return Standing(version.etag, version.modified, version.total)
+
+
 def fetch(
     address: str, *, etag: str | None = None, progress: Progress | None = None, wait: float = 1.0, patience: float = 60.0
 ) -> Path:
@@ -108,14 +144,23 @@ def fetch(
     place = cache_folder() / hashlib.sha256(address.encode()).hexdigest()[:20]
     path = place / name(address)
     say = progress.note if progress else lambda _: None
-    if _kept(path, pin, etag, say):
+    bucket = address.startswith("s3://")
+    kept = _kept(path, pin, etag, say)
+    if kept and (pin or bucket or time.monotonic() - _asked.get(address, -ASK_AGAIN) < ASK_AGAIN):
         return path
-    server: _Web | _Bucket = _Bucket(address, patience) if address.startswith("s3://") else _Web(address, patience, bool(pin))
+    server: _Web | _Bucket = _Bucket(address, patience) if bucket else _Web(address, patience, bool(pin))
     with _disk(path), contextlib.closing(server):
+        stale = None
+        if kept and isinstance(server, _Web):
+            stale = _record(path)
+            if stale is None or _still(server, stale, say, wait):
+                _asked[address] = time.monotonic()
+                return path
         place.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_name(f"{path.name}.lock"), say):
-            if not _kept(path, pin, etag, say):  # while another process had the lock
+            if not _kept(path, pin, etag, say) or _record(path) == stale:  # unless another process, while it had the lock
                 _download(server, path, pin, progress, wait)
+    _asked[address] = time.monotonic()
     return path
 
 
@@ -145,6 +190,19 @@ def shown(address: str) -> str:
         return address
     parts = urlsplit(address)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def pinned(address: str) -> str | None:
+    """The sha256 that the address asks for."""
+    return _pin(address)[0]
+
+
+def moment(date: str) -> str | None:
+    """A date of HTTP in a form that can be sorted."""
+    try:
+        return email.utils.parsedate_to_datetime(date).isoformat()
+    except (ValueError, TypeError):
+        return None
 
 
 def size_text(size: int) -> str:
@@ -229,6 +287,48 @@ def _disk(path: Path) -> Iterator[None]:
             else ("set STACKRLHF_CACHE to a folder that can be written")
         )
         raise ValueError(f"{path}: cannot be written ({why}): {remedy}") from error
+
+
+# ---- another version than the one in the cache?
+
+
+def _still(server: "_Web", record: Record, say: Callable[[str], None], wait: float) -> bool:
+    """Is what is in the cache what the server has? True as well where it does not say: a run can do with what is there."""
+    conditions = {"If-None-Match": record.etag, "If-Modified-Since": record.modified}
+    known = {key: value for key, value in conditions.items() if value}
+    if not known:
+        return True  # nothing to tell versions apart by: to fetch it anew each time would be the only way
+    try:
+        now = _ask(server, known, wait)
+    except (_Broken, ValueError) as error:
+        logger.warning("%s; whether it changed is not known, and the copy in the cache is used", _line(server, error))
+        return True
+    if now is None or (now.etag and now.etag == record.etag):
+        return True
+    if not (now.etag and record.etag) and now.modified == record.modified and now.total == record.size:
+        return True
+    say(f"{server.shown} changed on the server: fetched again")
+    return False
+
+
+def _ask(server: "_Web", conditions: dict[str, str], wait: float) -> _Version | None:
+    """The version that the server has, by the head of its answer; None where it says that the conditions are not met."""
+    for left in reversed(range(ASK_TRIES)):
+        try:
+            answer = server.ask(0, None, conditions)
+            try:
+                return None if answer.status == 304 else _what(answer, server)
+            finally:
+                answer.close()
+        except _Broken as error:
+            if not left:
+                raise
+            time.sleep(max(wait, min(error.wait, 10.0)))
+    raise AssertionError("the last try returns or raises")
+
+
+def _line(server: "_Web", error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError) else f"{server.shown}: {error}"
 
 
 # ---- one download
@@ -503,10 +603,10 @@ class _Web:
             },
         )
 
-    def ask(self, start: int, guard: str | None) -> _Answer:
+    def ask(self, start: int, guard: str | None, conditions: Mapping[str, str] | None = None) -> _Answer:
         from fsspec.asyn import sync
 
-        headers = {"Range": f"bytes={start}-"} | ({"If-Range": guard} if guard else {}) if start else {}
+        headers = {"Range": f"bytes={start}-"} | ({"If-Range": guard} if guard else {}) if start else dict(conditions or {})
 
         async def get() -> Any:
             session = await self._fs.set_session()

@@ -83,12 +83,13 @@ class Site:
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """A file that is to be read, before it is fetched."""
 
     where: str  # a local path, or an address
     given: str  # as the user wrote it
     etag: str | None = None  # of an object in S3
+    modified: str | None = None  # of an object in S3: when, as ISO 8601
     optional: bool = False
     """Is it left out where it is not there?"""
 
@@ -134,19 +135,13 @@ def find(
     `site` names the site of one dump, `site_names` those of several: name, path or folder of a file, or the site that its name
     says -> site. `archive` is where the dump of a bare site name is, {site} for the name. `progress` is told of what is fetched.
     """
-    places: dict[str, _Place] = {}
-    for given in dump:
-        for place in _expand(given, archive or IngestConfig.model_fields["archive"].default):
-            _checked(place)
-            places.setdefault(place.where if place.remote else os.path.abspath(place.where), place)
-    names = _named(list(places.values()), site, site_names or {})
-    _one_dump_a_site(list(places.values()), names, site)
+    names = expand(dump, site, site_names=site_names, archive=archive)
+    _one_dump_a_site(list(names), names, site)
     found: dict[str, dict[str, File]] = {}
-    folders: dict[str, _Place] = {}
-    for place in places.values():
-        name = names[place]
+    folders: dict[str, Place] = {}
+    for place, name in names.items():
         try:
-            file = _look_at(place, progress)
+            file = open_place(place, progress)
         except fetch.NotThere:
             if not place.optional:
                 raise
@@ -161,9 +156,9 @@ def find(
         if place.table == "posts":
             folders[name] = place
     for name, tables in found.items():
-        for place in _beside(folders.get(name)):
+        for place in beside(folders.get(name)):
             if place.table not in tables:
-                file = _look_at(place, progress)
+                file = open_place(place, progress)
                 for table in file.tables:
                     tables.setdefault(table, file)
     if not found:
@@ -175,6 +170,18 @@ def find(
         files = {tables[table].path: tables[table] for table in TABLES if table in tables}
         sites.append(Site(name, list(files.values())))
     return sites
+
+
+def expand(
+    dump: tuple[str, ...], site: str | None = None, *, site_names: dict[str, str] | None = None, archive: str | None = None
+) -> dict[Place, str]:
+    """The files that these places stand for, and the site of each; nothing is fetched or opened. ValueError as in `find`."""
+    places: dict[str, Place] = {}
+    for given in dump:
+        for place in _expand(given, archive or IngestConfig.model_fields["archive"].default):
+            _checked(place)
+            places.setdefault(place.where if place.remote else os.path.abspath(place.where), place)
+    return _named(list(places.values()), site, site_names or {})
 
 
 def read(file: File, feed: Callable[[str, bytes], Any]) -> str | None:
@@ -214,7 +221,7 @@ def inside(file: File) -> list[tuple[str, str]]:
 def open_file(path: str) -> Any:
     """Open a file of a dump for reading; the first of several volumes opens all of them. A context manager."""
     if VOLUME.fullmatch(_name(path)):
-        return io.BufferedReader(_Volumes(_volumes(path)), CHUNK)
+        return io.BufferedReader(_Volumes(volumes(path)), CHUNK)
     return Path(path).expanduser().open("rb")
 
 
@@ -232,7 +239,7 @@ def digest(file: File) -> str | None:
 # ---- from what the user wrote to files
 
 
-def _expand(given: str, archive: str) -> list[_Place]:
+def _expand(given: str, archive: str) -> list[Place]:
     """The files that a place stands for: itself, the tables and archives in a folder, what a glob matches, a site's archive."""
     scheme = SCHEME.match(given)
     kind = scheme[1].lower() if scheme else ""
@@ -243,13 +250,13 @@ def _expand(given: str, archive: str) -> list[_Place]:
         if "*" in path or path.endswith("/"):
             raise ValueError(f"{fetch.shown(given)}: folders and globs cannot be looked into over {kind}://: name each file")
         fetch.name(given)
-        return [_Place(given, given)]
+        return [Place(given, given)]
     if kind and kind != "file":
         raise ValueError(f"{given}: {kind}:// is not supported: give a local path, s3://, https://, or the name of a site")
     return _expand_local(given[len("file://") :] if kind else given, given, archive)
 
 
-def _expand_local(text: str, given: str, archive: str) -> list[_Place]:
+def _expand_local(text: str, given: str, archive: str) -> list[Place]:
     path = Path(text).expanduser()
     if path.is_dir():
         found = _local(path)
@@ -268,10 +275,10 @@ def _expand_local(text: str, given: str, archive: str) -> list[_Place]:
         return _of_site(text.lower(), given, archive)
     else:
         raise fetch.NotThere(f"{given}: no such file or folder: check --dump, or run `stackrlhf simulate` for a dump to try with")
-    return [_Place(where, given) for where in found]
+    return [Place(where, given) for where in found]
 
 
-def _of_site(site: str, given: str, archive: str) -> list[_Place]:
+def _of_site(site: str, given: str, archive: str) -> list[Place]:
     """The public archive of a site, or its three of the one site that has an archive a table."""
     if "{site}" not in archive:
         raise ValueError(f"ingest.archive={archive}: it must hold {{site}}, which stands for the name of the site, here {site}")
@@ -300,11 +307,11 @@ def _wanted(name: str) -> bool:
     return bool(TABLE_FILE.fullmatch(name) or ARCHIVE.fullmatch(name) or (plain and "." in plain["site"]))
 
 
-def _expand_bucket(given: str) -> list[_Place]:
+def _expand_bucket(given: str) -> list[Place]:
     address, mark, pin = given.partition("#sha256=")
 
-    def place(about: dict[str, Any]) -> _Place:
-        return _Place(f"s3://{about['name']}", given, about.get("ETag"))
+    def place(about: dict[str, Any]) -> Place:
+        return _object(f"s3://{about['name']}", given, about)
 
     with _asking(address):
         files = fetch.bucket_filesystem()
@@ -313,7 +320,7 @@ def _expand_bucket(given: str) -> list[_Place]:
         except FileNotFoundError:
             about = None
         if about and about["type"] == "file":
-            return [_Place(address + mark + pin, given, about.get("ETag"))]
+            return [_object(address + mark + pin, given, about)]
         if about:
             found = [place(entry) for entry in files.ls(address, detail=True) if entry["type"] == "file"]
         elif glob.has_magic(address):
@@ -326,13 +333,18 @@ def _expand_bucket(given: str) -> list[_Place]:
     return found
 
 
+def _object(where: str, given: str, about: dict[str, Any]) -> Place:
+    modified = about.get("LastModified")
+    return Place(where, given, about.get("ETag"), modified.isoformat() if modified is not None else None)
+
+
 @contextmanager
 def _asking(address: str) -> Iterator[None]:
     with fetch.bucket_errors(address, last=True):
         yield
 
 
-def _checked(place: _Place) -> None:
+def _checked(place: Place) -> None:
     """ValueError where a file's name already says that it cannot be read, before anything is fetched."""
     name = place.name
     if TABLE_FILE.fullmatch(name) or ARCHIVE.fullmatch(name) or PLAIN.fullmatch(name):
@@ -345,7 +357,7 @@ def _checked(place: _Place) -> None:
     raise ValueError(f"{where}: {kind}: give {FORMS}")
 
 
-def _named(places: list[_Place], site: str | None, site_names: dict[str, str]) -> dict[_Place, str]:
+def _named(places: list[Place], site: str | None, site_names: dict[str, str]) -> dict[Place, str]:
     """The site that each file belongs to."""
     if site and site_names:
         raise ValueError("ingest.site and ingest.site_names are both set: the one is for one dump, the other for several")
@@ -369,8 +381,8 @@ def _named(places: list[_Place], site: str | None, site_names: dict[str, str]) -
     return names
 
 
-def _one_dump_a_site(places: list[_Place], names: dict[_Place, str], site: str | None) -> None:
-    seen: dict[tuple[str, str], _Place] = {}
+def _one_dump_a_site(places: list[Place], names: dict[Place, str], site: str | None) -> None:
+    seen: dict[tuple[str, str], Place] = {}
     for place in places:
         other = seen.setdefault((names[place], place.table), place)
         if other is not place:
@@ -382,7 +394,7 @@ def _twice(name: str, table: str, one: str, other: str, site: str | None) -> str
     return f"{other}: {table} of {name} is also in {one}, and ids of two dumps collide: {remedy}"
 
 
-def _look_at(place: _Place, progress: Progress | None) -> File:
+def open_place(place: Place, progress: Progress | None = None) -> File:
     """The file, on this machine, checked before a byte of it is unpacked."""
     path = str(_fetched(place, progress) if place.remote else place.where)
     if match := TABLE_FILE.fullmatch(place.name):
@@ -395,24 +407,24 @@ def _look_at(place: _Place, progress: Progress | None) -> File:
     return _single(path, "posts", plain["form"].lower())
 
 
-def _fetched(place: _Place, progress: Progress | None) -> Path:
+def _fetched(place: Place, progress: Progress | None) -> Path:
     if VOLUME.fullmatch(place.name):
         where = fetch.shown(place.where)
         raise ValueError(f"{where}: one volume of several: fetch all of them, and give the first as a local file")
     return fetch.fetch(place.where, etag=place.etag, progress=progress)
 
 
-def _beside(posts: _Place | None) -> Iterator[_Place]:
-    """The site's other tables, where each table is a file of its own and they stand in one folder."""
+def beside(posts: Place | None) -> Iterator[Place]:
+    """Files with the site's other tables, where each table is a file of its own and they stand in one folder."""
     match = posts and TABLE_FILE.fullmatch(posts.name)
     if not posts or not match or posts.where.startswith("http"):
         return
     if posts.remote:
         with _asking(posts.folder):
             entries = fetch.bucket_filesystem().ls(posts.folder, detail=True)
-        places = [_Place(f"s3://{entry['name']}", posts.given, entry.get("ETag")) for entry in entries if entry["type"] == "file"]
+        places = [_object(f"s3://{entry['name']}", posts.given, entry) for entry in entries if entry["type"] == "file"]
     else:
-        places = [_Place(path, posts.given) for path in _local(Path(posts.folder))]
+        places = [Place(path, posts.given) for path in _local(Path(posts.folder))]
     for place in sorted(places, key=lambda one: one.where):
         other = TABLE_FILE.fullmatch(place.name)
         if other and other["site"] == match["site"] and place.table != "posts":
@@ -620,7 +632,7 @@ class _Volumes(io.RawIOBase):
         super().close()
 
 
-def _volumes(path: str) -> list[Path]:
+def volumes(path: str) -> list[Path]:
     """All volumes of the archive whose first one this is."""
     first = Path(path).expanduser()
     match = VOLUME.fullmatch(first.name)
@@ -647,7 +659,7 @@ def _remote(path: str) -> bool:
 
 
 def _size(path: str) -> int:
-    return sum(p.stat().st_size for p in (_volumes(path) if VOLUME.fullmatch(_name(path)) else [Path(path).expanduser()]))
+    return sum(p.stat().st_size for p in (volumes(path) if VOLUME.fullmatch(_name(path)) else [Path(path).expanduser()]))
 
 
 def _name(path: str) -> str:

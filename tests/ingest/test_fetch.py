@@ -44,6 +44,8 @@ class Server(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.faults: list[dict] = []
         self.asked: list[tuple[str, str | None, str | None]] = []  # path, Range, If-Range
+        self.conditions: list[tuple[str | None, str | None]] = []  # If-None-Match, If-Modified-Since
+        self.answered: list[int] = []
         self.headers: dict[str, str] = {}
         self.go_on = threading.Event()
 
@@ -66,6 +68,7 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         wanted, if_range = self.headers["Range"], self.headers["If-Range"]
         server.asked.append((self.path, wanted, if_range))
+        server.conditions.append((self.headers["If-None-Match"], self.headers["If-Modified-Since"]))
         fault = server.faults.pop(0) if server.faults else {}
         if "status" in fault:
             return self.answer(fault["status"], fault.get("headers", {}), b"sorry", "5")
@@ -76,6 +79,10 @@ class Handler(BaseHTTPRequestHandler):
         etag = f'"{hashlib.md5(data).hexdigest()}"'
         headers = {"ETag": etag, "Date": email.utils.formatdate(usegmt=True)} | server.headers | fault.get("headers", {})
         headers = {key: value for key, value in headers.items() if value is not None}
+        if not fault.get("ignores_conditions"):
+            tag, since = server.conditions[-1]  # a date counts only where no tag is given (RFC 9110, 13.2.2)
+            if tag == headers.get("ETag") if tag else since and since == headers.get("Last-Modified"):
+                return self.answer(304, {key: value for key, value in headers.items() if key in {"ETag", "Date"}}, b"", None)
         status, start = 200, 0
         current = if_range in {None, headers.get("ETag"), headers.get("Last-Modified")} or fault.get("ignores_if_range")
         if wanted and not fault.get("no_range") and current:
@@ -90,10 +97,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, status, headers, body, length, fault=None):
         fault = fault or {}
+        self.server.answered.append(status)
         self.send_response_only(status)
         for key, value in headers.items():
             self.send_header(key, value)
-        if length is not None:
+        if status == 304:
+            pass  # has no body
+        elif length is not None:
             self.send_header("Content-Length", length)
         elif not fault.get("chunked"):
             self.send_header("Connection", "close")
@@ -370,6 +380,143 @@ def test_a_cached_file_that_was_altered_is_fetched_again(server):
         data, _ = get(server)
         assert data == DATA
         assert len(server.asked) == 1
+
+
+# ---- asked again
+
+
+def in_another_process():
+    """What a process knows of what it asked is forgotten."""
+    fetch._asked.clear()
+
+
+def test_a_process_asks_once_and_the_next_one_asks_again_without_fetching(server):
+    get(server)
+    get(server)
+    assert server.answered == [200]
+    for _ in range(2):
+        in_another_process()
+        assert get(server) == (DATA, [])
+        assert get(server) == (DATA, [])
+    assert server.answered == [200, 304, 304]
+    assert server.conditions[1:] == [(f'"{hashlib.md5(DATA).hexdigest()}"', None)] * 2
+
+
+def test_what_changed_on_the_server_is_fetched_anew(server):
+    get(server)
+    in_another_process()
+    server.files["/a.test.7z"] = OTHER
+    data, told = get(server)
+    assert data == OTHER
+    assert "changed on the server: fetched again" in told[0]
+    in_another_process()
+    assert get(server) == (OTHER, [])
+    assert server.answered[-1] == 304
+
+
+def test_a_date_is_asked_about_where_there_is_no_etag(server):
+    old, new = (email.utils.formatdate(time.time() - ago, usegmt=True) for ago in (7200, 3600))
+    server.headers = {"ETag": None, "Last-Modified": old}
+    get(server)
+    in_another_process()
+    assert get(server) == (DATA, [])
+    assert (server.answered, server.conditions[-1]) == ([200, 304], (None, old))
+    in_another_process()
+    server.headers["Last-Modified"] = new
+    server.files["/a.test.7z"] = OTHER
+    assert get(server)[0] == OTHER
+
+
+def test_a_server_that_heeds_no_condition_is_believed_by_what_it_says(server):
+    get(server)
+    in_another_process()
+    server.faults = [{"ignores_conditions": True}]
+    assert get(server) == (DATA, [])
+    server.files["/a.test.7z"] = OTHER
+    in_another_process()
+    server.faults = [{"ignores_conditions": True}]
+    assert get(server)[0] == OTHER
+
+
+def test_a_server_that_tells_no_version_is_not_asked_again(server):
+    server.headers = {"ETag": None}
+    get(server)
+    in_another_process()
+    assert get(server) == (DATA, [])
+    assert server.answered == [200]
+
+
+@pytest.mark.parametrize("status", [500, 403, 404])
+def test_where_the_server_fails_the_cached_file_is_used_with_a_warning(server, caplog, status):
+    get(server)
+    in_another_process()
+    server.faults = [{"status": status}] * 2
+    assert get(server)[0] == DATA
+    (record,) = (record for record in caplog.records if record.levelname == "WARNING")
+    assert "a.test.7z" in record.message
+    assert str(status) in record.message
+    assert record.message.endswith("whether it changed is not known, and the copy in the cache is used")
+
+
+def test_where_the_server_is_away_the_cached_file_is_used_with_a_warning(server, caplog):
+    url = server.url("/a.test.7z?token=secret")
+    path = fetch.fetch(url)
+    server.shutdown()
+    server.server_close()
+    in_another_process()
+    assert fetch.fetch(url, wait=0.01) == path
+    assert "no connection to 127.0.0.1" in caplog.text
+    assert "the copy in the cache is used" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_a_newer_version_that_was_cut_is_gone_on_with_and_never_mixed_with_the_older_one(server, cache):
+    get(server)
+    in_another_process()
+    server.files["/a.test.7z"] = OTHER
+    server.faults = [{}, {"cut": 2_000_000}] + [{"status": 500}] * 6
+    with pytest.raises(ValueError, match=r"2.0 MB are kept"):
+        get(server)
+    (whole,) = cache.rglob("*.7z")
+    assert whole.read_bytes() == DATA
+    in_another_process()
+    assert get(server)[0] == OTHER
+    assert server.asked[-1][1:] == ("bytes=2000000-", f'"{hashlib.md5(OTHER).hexdigest()}"')
+    assert leftovers(cache) == [".7z", ".json", ".lock"]
+
+
+def test_a_pinned_file_is_not_asked_for_again(server):
+    path = f"/a.test.7z#sha256={SHA256}"
+    get(server, path)
+    in_another_process()
+    assert get(server, path)[0] == DATA
+    assert server.answered == [200]
+
+
+def test_two_processes_fetch_the_newer_version_once(server):
+    get(server)
+    in_another_process()
+    server.files["/a.test.7z"] = OTHER
+    server.faults = [{}, {"cut": 100_000, "stall": 60}]
+    process = child(server)
+    wait_for(lambda: len(server.asked) == 3)
+    with listening(lambda update: server.go_on.set() if "another process" in update.note else None):
+        path = fetch.fetch(server.url("/a.test.7z"), progress=Progress("ingest"))
+    assert process.communicate()[1] == ""
+    assert path.read_bytes() == OTHER
+    assert server.answered.count(200) == 4  # the first version; each process is told that there is another; one fetches it
+
+
+def test_which_version_stands_there_is_asked_without_fetching_it(server):
+    server.headers = {"Last-Modified": "Mon, 01 Jun 2020 01:12:01 GMT"}
+    now = fetch.standing(server.url("/a.test.7z"))
+    assert now == fetch.Standing(f'"{hashlib.md5(DATA).hexdigest()}"', "Mon, 01 Jun 2020 01:12:01 GMT", len(DATA))
+    with pytest.raises(fetch.NotThere, match="there is no such file"):
+        fetch.standing(server.url("/b.test.7z"))
+    get(server)
+    fetch.standing(server.url("/a.test.7z"))
+    assert get(server) == (DATA, [])
+    assert server.answered[-1] == 304  # whoever looks wants to know: what this process asked before does not count
 
 
 def child(server, code="", path="/a.test.7z"):
