@@ -12,12 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tasks import distributed, models, prompts
 from tasks.base import sources
 from tasks.base.config import BaseModelConfig
-from tasks.base.fit import Fitted
+from tasks.base.fit import LOSS_CURVES, Fitted
 from tasks.base.identity import model_folder
 from tasks.base.scratch import train_scratch
 from tasks.checkpoint import NO_CHECKPOINTS, Checkpoints
 from tasks.compute import Compute, prepare
-from tasks.curves import draw, write_curves
+from tasks.curves import draw_panels, write_curves
 from tasks.progress import Progress
 
 PROBES = (
@@ -165,5 +165,5 @@ def report(
         rows.append(("validation loss", f"{fitted.curves[0]['validation_loss']:.4f} -> {fitted.validation_loss:.4f}"))
         rows.append(("tokens", f"{fitted.tokens:,} ({fitted.epochs:.1f} epochs)"))
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
-    drawn = f"\n\n{draw(fitted.curves, ['loss', 'validation_loss'])}" if fitted else ""
-    return f"# base\n\n| | |\n|---|---|\n{table}{drawn}\n"
+    drawn = f"{draw_panels(fitted.curves, LOSS_CURVES, width=7.2, height=2.8)}\n\n" if fitted else ""
+    return f"# base: {origin}\n\n{drawn}| the model | |\n|---|---|\n{table}\n"

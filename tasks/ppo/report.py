@@ -1,15 +1,28 @@
-"""REPORT.md of `ppo`: what a person wants to see first, with the curves as one small picture."""
+"""REPORT.md of `ppo`: what a person wants to see first: the gain, the curves, and answers side by side."""
 
-import base64
-import io
 from pathlib import Path
 from typing import Any
 
+from tasks.curves import Panel, draw_panels
+from tasks.pages import cell, table
 from tasks.ppo.config import PPOConfig
 from tasks.ppo.guards import Guard
 from tasks.ppo.preflight import Check
 
-PANELS = (("eval/score", "eval/judge"), ("objective/kl", "objective/kl_k3"), ("response_length",), ("policy/entropy",))
+PANELS: tuple[Panel, ...] = (
+    (
+        "Score (std. deviations)",
+        {"objective/scores": "rollouts", "eval/score": "held out", "eval/judge": "held out, judge"},
+    ),
+    ("KL to reference (nats per answer)", {"objective/kl": ""}),
+    ("Entropy (nats per token)", {"policy/entropy": ""}),
+    ("Share of ratios clipped", {"policy/clipfrac": ""}),
+    ("Response length (tokens)", {"response_length": ""}),
+    ("Value loss", {"val/loss": ""}),
+    ("KL coefficient", {"kl_coef": ""}),
+    ("Ended by itself (share)", {"eos_rate": ""}),
+)
+SAMPLES = 6
 
 
 def write_report(
@@ -22,65 +35,48 @@ def write_report(
     guard: Guard,
 ) -> None:
     """A short Markdown page."""
-    rows = [
-        ("held-out score (normalised reward)", f"{metrics['score_before']:.3f}", f"{metrics['score_after']:.3f}"),
-        ("held-out judge score", f"{metrics['judge_before']:.3f}", f"{metrics['judge_after']:.3f}"),
-    ]
+
+    def change(name: str, digits: int = 3) -> tuple[str, str, str]:
+        before, after = metrics[f"{name}_before"], metrics[f"{name}_after"]
+        return f"{before:.{digits}f}", f"{after:.{digits}f}", f"{after - before:+.{digits}f}"
+
+    score, judge = change("score"), change("judge")
+    kl_checks = ", ".join(f"{c.name} {c.value:.2g}" for c in checks if "ratio" in c.name or "KL" in c.name)
     lines = [
-        "# ppo",
+        "# ppo: before and after",
+        "",
+        f"Held-out score **{score[0]}** before, **{score[1]}** after ({score[2]} standard deviations of SFT's answers); "
+        f"the judge, which PPO never sees: {judge[0]} to {judge[1]}.",
+        "",
+        draw_panels(curves, PANELS, height=1.75),
+        "",
+        table(
+            ("", "before (sft)", "after (ppo)", "change"),
+            [("held-out score (normalised reward)", *score), ("held-out judge score", *judge)],
+            "lrrr",
+        ),
         "",
         f"Best checkpoint: step {metrics['best_step']} of {metrics['steps']}, by held-out score. "
         f"KL to the reference {metrics['kl']:.2f} nats per response, {metrics['response_length']:.1f} tokens, "
         f"{metrics['eos_rate']:.0%} end by themselves.",
         "",
-        "| | before | after |",
-        "|---|---|---|",
-        *(f"| {name} | {before} | {after} |" for name, before, after in rows),
+        f"Preflight: {sum(c.ok for c in checks)} of {len(checks)} checks hold; {kl_checks}. Alarms: {len(guard.alarms)}.",
         "",
-        f"![curves](data:image/png;base64,{_figure(curves)})",
-        "",
-        f"Preflight: {sum(c.ok for c in checks)} of {len(checks)} checks hold; "
-        + ", ".join(f"{c.name} {c.value:.2g}" for c in checks if "ratio" in c.name or "KL" in c.name)
-        + f". Alarms: {len(guard.alarms)}.",
         *(f"- step {alarm.step}: {alarm.what} -> {alarm.action}" for alarm in guard.alarms),
         "",
-        "## Samples",
-        *(line for sample in samples[:4] for line in _sample(sample)),
+        "## Answers side by side",
+        "",
+        f"The first {min(SAMPLES, len(samples))} held-out questions, not chosen.",
+        "",
+        *(part for number, sample in enumerate(samples[:SAMPLES], 1) for part in _sample(number, sample)),
     ]
     path.write_text("\n".join(lines) + "\n")
 
 
-def _sample(sample: dict[str, Any]) -> list[str]:
-    def quote(text: str) -> list[str]:
-        return [f"    {line}" for line in text.splitlines() or [""]]  # indented code: nothing in it is Markdown or HTML
-
-    return [
-        "",
-        "Question:",
-        "",
-        *quote(sample["question"]),
-        "",
-        f"Before (score {sample['score_before']:.2f}):",
-        "",
-        *quote(sample["before"]),
-        "",
-        f"After (score {sample['score_after']:.2f}):",
-        "",
-        *quote(sample["after"]),
+def _sample(number: int, sample: dict[str, Any]) -> list[str]:
+    """A question and a table of its two answers; nothing in the texts is Markdown or HTML."""
+    head = [
+        f"{name}: score {sample[f'score_{when}']:+.2f}" for name, when in (("before (sft)", "before"), ("after (ppo)", "after"))
     ]
-
-
-def _figure(curves: list[dict[str, float]]) -> str:
-    """The panels as base64 PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 2.2), layout="constrained", dpi=80)
-    for axes, names in zip(figure.subplots(1, len(PANELS)), PANELS):
-        for name in names:
-            points = [(row["step"], row[name]) for row in curves if name in row]
-            axes.plot([x for x, _ in points], [y for _, y in points], marker=".", label=name)
-        axes.legend(fontsize=6)
-        axes.tick_params(labelsize=6)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return base64.b64encode(buffer.getvalue()).decode()
+    answers = [cell(sample[when]) or "(nothing)" for when in ("before", "after")]
+    return [f"**{number}.** {cell(sample['question'], 100)}", "", table(head, [answers]), ""]

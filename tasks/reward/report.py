@@ -1,9 +1,9 @@
 """REPORT.md of the step: what the dashboard shows of it."""
 
-import base64
-import io
 from pathlib import Path
 from typing import Any
+
+from tasks.curves import LINES, MUTED, finish, image, plot, points, sheet
 
 NAMES = {
     "reward": "reward model",
@@ -29,7 +29,14 @@ def write_report(
     rows = [(name, results[name]) for name in ("reward", "judge")]
     rows += [(name, rivals[name]) for name in ("tfidf", "longer_wins", "markup_wins", "earlier_wins")]
     lines = [
-        "# reward",
+        "# reward: the reward model and its judge",
+        "",
+        f"**{main['accuracy']:.1%}** of {main['n_pairs']:,} held-out pairs; best baseline "
+        f"{rivals['best']['accuracy']:.1%} ({NAMES[rivals['best']['name']]})"
+        + (f"; best possible {rivals['best_possible']:.1%}" if "best_possible" in rivals else "")
+        + ".",
+        "",
+        _figure(curves, calibrations, results, rivals),
         "",
         f"Share of {main['n_pairs']} held-out pairs of {main['n_questions']} questions in which the preferred answer scores higher "
         f"(ties count half); intervals are 95 %, bootstrapped by question. {_verdict(main, rivals)}",
@@ -57,8 +64,6 @@ def write_report(
         ),
         "",
         f"{main['responses_cut']} of {main['responses']} eval answers were cut to max_length; the baselines read whole answers.",
-        "",
-        f"![training curves and calibration](data:image/png;base64,{_figure(curves, calibrations)})",
     ]
     path.write_text("\n".join(lines) + "\n")
 
@@ -79,26 +84,34 @@ def _interval(row: dict[str, Any]) -> str:
     return f"{row['interval'][0]:.1%} to {row['interval'][1]:.1%}"
 
 
-def _figure(curves: list[dict[str, Any]], calibrations: dict[str, dict[str, Any]]) -> str:
-    """Loss, accuracy and reliability of both models; a PNG in base64."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3), dpi=80, layout="constrained")
-    FigureCanvasAgg(figure)
-    loss, accuracy, reliability = figure.subplots(1, 3)
-    for color, (name, calibration) in zip(("C0", "C1"), calibrations.items(), strict=True):
+def _figure(
+    curves: list[dict[str, Any]],
+    calibrations: dict[str, dict[str, Any]],
+    results: dict[str, dict[str, Any]],
+    rivals: dict[str, Any],
+) -> str:
+    """Loss and accuracy while both learnt, reliability, and the accuracies side by side; a Markdown image."""
+    figure, (loss, accuracy, reliability, beside) = sheet(2, 2, height=2.3)
+    for colour, (name, calibration) in zip(LINES, calibrations.items()):
         rows = [row for row in curves if row["model"] == name]
-        loss.plot([r["step"] for r in rows], [r["loss"] for r in rows], color=color, alpha=0.8, label=name)
-        watched = [row for row in rows if "eval/accuracy" in row]
-        accuracy.plot([r["step"] for r in watched], [r["eval/accuracy"] for r in watched], "o-", color=color, ms=3, label=name)
+        label = NAMES[name].partition(" (")[0]
+        plot(loss, points(rows, "loss"), colour, label)
+        plot(accuracy, points(rows, "eval/accuracy"), colour, label)
         bins = calibration["bins"]
-        reliability.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], "o-", color=color, ms=3, label=name)
-    reliability.plot([0.5, 1], [0.5, 1], color="grey", lw=0.8)
-    loss.set(title="training loss", xlabel="step")
-    accuracy.set(title="accuracy on some eval questions", xlabel="step")
-    reliability.set(title="calibration", xlabel="confidence", ylabel="accuracy")
-    loss.legend()
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return base64.b64encode(file.getvalue()).decode()
+        reliability.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], "o-", color=colour, markersize=3)
+    reliability.plot([0.5, 1], [0.5, 1], color=MUTED, linewidth=0.8, linestyle="--")
+    finish(loss, "Training loss over the steps")
+    finish(accuracy, "Accuracy on some eval questions")
+    finish(reliability, "How sure it is, how often it is right", x=False)
+    shown = {"reward model": results["reward"], "judge": results["judge"]}
+    shown |= {NAMES[name].partition(" (")[0]: rivals[name] for name in ("tfidf", "longer_wins", "markup_wins")}
+    for place, (row, colour) in enumerate(zip(shown.values(), [LINES[0], LINES[1], *[MUTED] * 3])):
+        beside.barh(place, 100 * row["accuracy"], color=colour, height=0.6, alpha=0.85)
+        beside.plot([100 * end for end in row["interval"]], [place, place], color="black", linewidth=1)
+    if "best_possible" in rivals:
+        beside.axvline(100 * rivals["best_possible"], color=LINES[2], linewidth=1.2, linestyle="--")
+    beside.set_yticks(range(len(shown)), [name.replace(" Bradley-Terry", "") for name in shown])
+    beside.set_xlim(min(45, *(100 * row["accuracy"] - 5 for row in shown.values())), 100)
+    beside.invert_yaxis()
+    beside.set_title("Pairs ranked as people did (%)", fontsize=9, fontweight="bold", loc="left")
+    return image(figure, "training loss, accuracy, calibration, accuracy beside baselines")
