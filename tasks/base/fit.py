@@ -27,6 +27,7 @@ from tasks.progress import Progress
 
 LOGGED = 100  # points of a curve, about
 VALIDATED = 10
+LOSS_CURVES = [("Loss (nats per token) over the steps", {"loss": "training", "validation_loss": "held out"})]
 HELD_OUT = 0.05  # of the questions
 MAX_HELD_OUT = 256
 
@@ -106,6 +107,7 @@ def fit(
         if state is None:
             fitted.validation_loss = mean_loss(model, validation, micro_batch_tokens, device, how.autocast)
             fitted.curves.append({"step": 0, "validation_loss": fitted.validation_loss})
+            progress(0, how.steps, "train", validation_loss=fitted.validation_loss)
         model.train()
         for step in range(first, how.steps):
             started = time.perf_counter()
@@ -128,12 +130,14 @@ def fit(
             last = step + 1 == how.steps
             validate = last or (step + 1) % validate_every == 0
             if validate or step == 0 or (step + 1) % log_every == 0:
-                row: Row = {"step": step + 1, "loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
+                row: Row = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
                 if validate:
                     fitted.validation_loss = mean_loss(model, validation, micro_batch_tokens, device, how.autocast)
                     row["validation_loss"] = optim.finite(fitted.validation_loss, "validation loss", step + 1, how.setting)
-                fitted.curves.append(row | {"epoch": seen / len(documents)})
-                progress(step + 1, how.steps, "train", loss=loss, tokens_per_second=fitted.tokens / fitted.seconds)
+                row["epoch"] = seen / len(documents)
+                fitted.curves.append({"step": step + 1, **row})
+                told = {"loss": loss, "tokens_per_second": fitted.tokens / fitted.seconds, **row}
+                progress(step + 1, how.steps, "train", **told)
             checkpoints.after_step(step + 1, now)
     fitted.epochs = seen / len(documents)
     model.eval()

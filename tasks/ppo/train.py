@@ -74,6 +74,7 @@ def train(
         evaluation = evaluate(ppo, eval_queries, step=0, sampled=False)
         learner.evaluated(evaluation)
         learner.curves.append({"step": 0, **evaluation.metrics})
+        progress(0, config.steps, phase="ppo", **evaluation.metrics)
 
     for step in range(learner.step + 1, config.steps + 1):
         started = time.monotonic()
@@ -149,8 +150,8 @@ def train(
                 evaluation = evaluate(ppo, eval_queries, step, sampled)
                 row |= evaluation.metrics
                 learner.evaluated(evaluation)
-            seconds = {"seconds/rollout": rolled_out - started, "seconds": time.monotonic() - started}
-            progress(step, config.steps, phase="ppo", **{k: v for k, v in row.items() if k != "step"}, **seconds)
+        seconds = {"seconds/rollout": rolled_out - started, "seconds": time.monotonic() - started}
+        progress(step, config.steps, phase="ppo", **{k: v for k, v in row.items() if k != "step"}, **seconds)
         learner.curves.append(row)
         learner.step = step
         checkpoints.after_step(step, learner.state)

@@ -15,11 +15,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tasks import distributed, memory, models, optim, packing, prompts, soft_prompt
-from tasks.base.fit import Fit, Fitted, fit
+from tasks.base.fit import LOSS_CURVES, Fit, Fitted, fit
 from tasks.checkpoint import NO_CHECKPOINTS, Checkpoints
 from tasks.compute import Compute, fit_threads, pass_tokens, prepare
 from tasks.config import Quantization
-from tasks.curves import draw, write_curves
+from tasks.curves import draw_panels, write_curves
 from tasks.progress import Progress
 from tasks.sft.config import SFTConfig
 from tasks.sft.data import Documents, load_documents
@@ -211,7 +211,13 @@ def report(config: SFTConfig, documents: Documents, fitted: Fitted, checks: dict
         what = f"stored model in {config.quantization} against trained one"
         rows.append((what, f"{again['pair_flips']:.2%} of token pairs change order"))
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
-    return f"# sft\n\n| | |\n|---|---|\n{table}\n\n{draw(fitted.curves, ['loss', 'validation_loss'])}\n"
+    change = fitted.validation_loss - first
+    sentence = (
+        f"On {len(documents.validation):,} held-out answers the loss went from **{first:.4f}** (base) to "
+        f"**{fitted.validation_loss:.4f}** ({change:+.4f} nats per token)."
+    )
+    drawn = draw_panels(fitted.curves, LOSS_CURVES, width=7.2, height=2.8)
+    return f"# sft: supervised fine-tuning\n\n{sentence}\n\n{drawn}\n\n| the training | |\n|---|---|\n{table}\n"
 
 
 def _check_lengths(config: SFTConfig, model: PreTrainedModel) -> None:
