@@ -9,11 +9,11 @@ STAMP := $(VENV)/installed
 LOCK := requirements.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint format smollm2 lock clean
+.PHONY: help install run test lint format smollm2 lock image-lock clean
 
 help: ## show this
 	@echo "make TARGET [ARGS=\"...\"] [PYTHON=python3.12]"
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## make .venv and install every package as pinned in requirements.lock
 
@@ -45,6 +45,9 @@ lock: ## resolve pyproject.toml anew into requirements.lock, keeping pins that s
 	@# "+cpu" names a local build: without it pip takes the CPU build where there is one, and the ordinary one elsewhere
 	@sed -i -e 's/^# The following packages are considered.*/# pip-tools sets this one apart:/' -e 's/^\(torch==[0-9.]*\)+[a-z0-9]*/\1/' -e '1i # Every package that `make run` and `make test` use, pinned. Made by `make lock` from pyproject.toml; see docs/dependencies.md.' $(LOCK)
 	@rm -rf $(VENV)/lock
+
+image-lock: $(STAMP) ## write docker/*.txt, every package of the image with its digests, anew from requirements.lock
+	$(BIN)/python docker/lock.py
 
 clean: ## remove .venv and the tools' caches; the store stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -10,6 +10,7 @@ from flows.presets import STEPS, RLHFConfig, Step
 from flows.times import seconds
 from tasks.artifacts import Identity, Pointer, Store
 from tasks.base.task import identify as base
+from tasks.champion import inputs as champion_inputs
 from tasks.champion import check, rival
 from tasks.compute import Compute
 from tasks.evaluate.task import identify as evaluate
@@ -72,8 +73,9 @@ def identities(config: RLHFConfig, store: Store) -> tuple[dict[Step, Identity], 
 def make_plan(config: RLHFConfig, store: Store, refresh: Sequence[str] = (), until: Step | None = None) -> dict[Step, StepPlan]:
     """Step by step up to `until`: stored, or why it would run."""
     plans: dict[Step, StepPlan] = {}
-    digests: dict[str, str] = {}
-    for step, identity in identities(config, store)[0].items():
+    found, champion = identities(config, store)
+    digests = {name: one.digest for name, one in champion_inputs(store, champion).items()}
+    for step, identity in found.items():
         known = {name: digests[name] for name in identity.inputs if name in digests}
         plans[step] = plan = plan_step(store, identity, known, refresh=step in refresh)
         if plan.stored and plan.last is not None:

@@ -23,7 +23,7 @@ class Compute(BaseModel):
     executor: Literal["inline", "pool"] = "inline"
     """inline: the steps run in this process. pool: each step that is not stored yet is a job of its own on Prefect's work pools."""
     report_to: tuple[Tracker, ...] = ()
-    """Experiment trackers that are told each step's settings and metrics; each needs its extra (pip install stackrlhf[mlflow])."""
+    """Experiment trackers that are told each step's settings and metrics; each needs its extra, such as stackrlhf[mlflow]."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is one."""
     threads: int | None = Field(None, ge=1)

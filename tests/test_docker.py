@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -187,7 +188,11 @@ def test_containers_share_no_folder_but_the_gpu_workers(compose):
 def test_the_software_bill_of_materials_lists_what_is_locked_with_its_digests(tmp_path):
     wanted = locked(ROOT / "docker/requirements.txt") | locked(ROOT / "docker/torch-cuda.txt")
     text = "".join((ROOT / "docker" / name).read_text() for name in ("requirements.txt", "torch-cuda.txt"))
-    command = [BIN / "cyclonedx-py", "requirements", "-", "--output-reproducible", "--of", "JSON"]
+    tool = shutil.which("cyclonedx-py")
+    if tool is None:
+        # not among the tests' packages: what it brings makes jsonschema, and so every Prefect process, start a second later
+        pytest.skip("cyclonedx-py is not on PATH: install cyclonedx-bom in an environment of its own")
+    command = [tool, "requirements", "-", "--output-reproducible", "--of", "JSON"]
     done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=120, check=True)
     parts = json.loads(done.stdout)["components"]
     assert {part["name"]: part["version"] for part in parts} == wanted
