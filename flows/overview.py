@@ -136,6 +136,9 @@ class Overview:
         if verdict := self._told.get("evaluate"):
             parts += [pages.escape(str(verdict["sentence"]))] if verdict.get("sentence") else []
             parts += [pages.escape(str(verdict["remark"]))] if verdict.get("remark") else []
+            if (beside := verdict.get("champion")) and beside.get("sentence"):
+                word = WORDS.get(beside.get("word"), str(beside.get("word")))
+                parts.append(f"**Beside the champion: {word.lower()}.** {pages.escape(str(beside['sentence']))}")
         if decision := self._told.get("promote"):
             parts.append(f"**Champion.** {pages.escape(decision['reason'])}")
         if place := self._told.get("report"):

@@ -7,15 +7,12 @@ the server's database.
 
 import contextvars
 import logging
-import os
 import threading
 import time
-from contextlib import suppress
 from http import HTTPStatus
 from pathlib import Path
 from uuid import UUID
 
-import psutil
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey, FlowRunFilter, FlowRunFilterId
@@ -26,6 +23,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from tasks import pages
 from tasks.artifacts import Identity, Manifest
 from tasks.progress import Update
+from tasks.step import resident_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -184,14 +182,3 @@ def report_link(step: str, key: str) -> str:
             if (found.metadata_ or {}).get("key") == key:
                 return f"../../artifacts/artifact/{found.id}"
     return f"../../artifacts/key/{step}-report"
-
-
-def resident_bytes() -> int:
-    """Memory that this process and its children hold now."""
-    own = psutil.Process(os.getpid())
-    total = own.memory_info().rss
-    for child in own.children(recursive=True):
-        with suppress(psutil.Error):
-            if "prefect" not in " ".join(child.cmdline()):
-                total += child.memory_info().rss
-    return total

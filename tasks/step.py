@@ -1,6 +1,7 @@
 """Running one step: key -> stored already? -> produce -> publish. Plain Python, whoever conducts."""
 
 import logging
+import re
 import resource
 import threading
 import time
@@ -270,6 +271,10 @@ def made_by_others(manifest: Manifest) -> tuple[str, ...]:
 # ---- memory
 
 
+BESIDE = re.compile(r"prefect|tasks\.tracker")
+"""Command lines of children that are not the step's work."""
+
+
 @dataclass
 class Memory:
     peak: int = 0
@@ -283,17 +288,11 @@ def measured_memory(every: float = 1.0) -> Iterator[Memory]:
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
         reset = True
-    own = psutil.Process()
 
     def sample() -> None:
         while not stop.wait(every):
             with suppress(psutil.Error, OSError):
-                children = [p for p in own.children(recursive=True) if "prefect" not in " ".join(p.cmdline())]
-                total = own.memory_info().rss
-                for child in children:
-                    with suppress(psutil.Error):
-                        total += child.memory_info().rss
-                memory.peak = max(memory.peak, total)
+                memory.peak = max(memory.peak, resident_bytes())
 
     thread = threading.Thread(target=sample, daemon=True, name="memory")
     thread.start()
@@ -303,6 +302,17 @@ def measured_memory(every: float = 1.0) -> Iterator[Memory]:
         stop.set()
         thread.join(timeout=every + 1)
         memory.peak = max(memory.peak, high_water_mark() if reset else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def resident_bytes() -> int:
+    """Memory that this process and the children that work for it hold now: not Prefect's own server, not trackers."""
+    own = psutil.Process()
+    total = own.memory_info().rss
+    for child in own.children():
+        with suppress(psutil.Error):
+            if not BESIDE.search(" ".join(child.cmdline())):
+                total += sum(process.memory_info().rss for process in (child, *child.children(recursive=True)))
+    return int(total)
 
 
 def high_water_mark() -> int:

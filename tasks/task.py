@@ -6,7 +6,7 @@ serializer and a planted one is executed.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,25 +82,27 @@ def conduct(
 
     def working(folders: dict[str, Path], out: Path, kept: Path | None) -> Mapping[str, Any]:
         dashboard.start()
+        final = trackers.enter_context(telling_trackers(identity, store.root.parent / TRACKERS, compute))
         checkpoints = Checkpoints(kept if resumable else None, compute.checkpoint_seconds, made_by)
-        with listening(dashboard.listen), telling_trackers(identity, store.root.parent / TRACKERS, compute) as final:
+        with listening(dashboard.listen):
             metrics = produce(Work(folders, out, Progress(identity.step), checkpoints))
-            final(metrics)
-            return metrics
+        final(metrics)
+        return metrics
 
-    try:
-        if compute.machine_rank > 0:
-            say = Progress(identity.step).note
-            outcome = follow_step(store, identity, inputs, working if shared else None, say)
-        else:
-            outcome = run_step(
-                store, identity, inputs, working, refresh=execution.refresh, resumable=resumable, external=external
-            )  # fmt: skip
-        manifest, artifact = outcome.manifest, outcome.artifact
-        if not outcome.cached:
-            dashboard.finish(manifest, store.open(artifact))
-    finally:
-        dashboard.close()
+    with ExitStack() as trackers:  # they are waited for when the artifact is published: their time is not the step's
+        try:
+            if compute.machine_rank > 0:
+                say = Progress(identity.step).note
+                outcome = follow_step(store, identity, inputs, working if shared else None, say)
+            else:
+                outcome = run_step(
+                    store, identity, inputs, working, refresh=execution.refresh, resumable=resumable, external=external
+                )  # fmt: skip
+            manifest, artifact = outcome.manifest, outcome.artifact
+            if not outcome.cached:
+                dashboard.finish(manifest, store.open(artifact))
+        finally:
+            dashboard.close()
     if outcome.cached:
         return Completed(name="Cached", message="; ".join([f"stored as {artifact.uri}", *outcome.warnings]), data=artifact)
     return Completed(message=f"{manifest.seconds:.0f} s, stored as {artifact.uri}", data=artifact)

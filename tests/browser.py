@@ -115,4 +115,4 @@ class Browser:
 
     def resize(self, height: int) -> None:
         self.call("Emulation.setDeviceMetricsOverride", width=self.width, height=height, deviceScaleFactor=1, mobile=False)
-        time.sleep(0.5)
+        time.sleep(0.2)

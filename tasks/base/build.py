@@ -18,6 +18,7 @@ from tasks.base.scratch import train_scratch
 from tasks.checkpoint import NO_CHECKPOINTS, Checkpoints
 from tasks.compute import Compute, prepare
 from tasks.curves import draw_panels, write_curves
+from tasks.pages import escape
 from tasks.progress import Progress
 
 PROBES = (
@@ -157,7 +158,7 @@ def report(
         ("from", origin),
         ("architecture", f"{type(model).__name__}, {sizes['layers']} layers, hidden size {sizes['hidden_size']}"),
         ("size", f"{sizes['parameters']:,} parameters, {sizes['bytes'] / 1e6:,.1f} MB in {config.dtype}"),
-        ("vocabulary", f"{sizes['vocab_size']:,} tokens; eos {checks['eos_token']}, pad {pad}"),
+        ("vocabulary", f"{sizes['vocab_size']:,} tokens; eos {escape(checks['eos_token'])}, pad {escape(pad)}"),
         ("context", f"{sizes['context']} tokens"),
         ("stored model against built one", f"logits differ by {checks['save']['rms_error']:.1e} of their spread"),
     ]

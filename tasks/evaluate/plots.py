@@ -1,40 +1,24 @@
 """Figures of the report: small PNGs, drawn without a display."""
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from PIL import Image
 
-INK, MUTED, GRID = "#1f2933", "#6b7785", "#e4e8ec"
+from tasks import curves as look
+from tasks.curves import INK, MUTED, finish
+from tasks.ppo.report import PANELS
+
 COLOURS = {
     "human": "#8a6d3b", "base": "#98a2ad", "sft": "#3d7ab8", "best-of-n": "#7b5ea7", "ppo": "#1b8a6b", "champion": "#d9a514",
     "worse": "#c0492b",
 }  # fmt: skip
 SCORERS = {"true": "True reward", "judge": "Judge", "reward": "Training reward model"}
 LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
-SMOOTHED = 40  # curves longer than this get a running mean over a twentieth of their length
-
-# panel: what it shows, and the names it may have in curves.json
-PPO_PANELS: tuple[tuple[str, dict[str, str]], ...] = (
-    (
-        "Score (std. deviations)",
-        {"objective/scores": "rollouts", "eval/score": "held out", "eval/judge": "held out, judge"},
-    ),
-    ("KL to reference (nats/answer)", {"objective/kl": ""}),
-    ("Entropy (nats/token)", {"policy/entropy": ""}),
-    ("Length (tokens)", {"response_length": ""}),
-    ("Value loss", {"val/loss": ""}),
-    ("Share of ratios clipped", {"policy/clipfrac": ""}),
-    ("KL coefficient", {"kl_coef": ""}),
-    ("Ended by itself (EOS)", {"eos_rate": ""}),
-)
 
 
 def draw(
@@ -195,7 +179,7 @@ def ppo_curves(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
     """The eight numbers that tell how PPO went."""
     palette = (COLOURS["ppo"], COLOURS["worse"], COLOURS["best-of-n"])
     shown = []
-    for name, candidates in PPO_PANELS:
+    for name, candidates in PANELS:
         lines = [(series(rows, key), label) for key, label in candidates.items()]
         lines = [(line, label) for line, label in lines if line[0].size]
         if lines:
@@ -207,10 +191,7 @@ def ppo_curves(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
     figure, axes = sheet(height, columns, width=2.75 * columns, height=2.15 * height)
     for axis, (name, lines) in zip(axes, shown):
         for colour, ((steps, values), label) in zip(palette, lines):
-            if len(steps) < len(rows):
-                axis.plot(steps, values, "o-", color=colour, linewidth=1.4, markersize=3, label=label)
-            else:
-                curve(axis, steps, values, colour, label)
+            curve(axis, steps, values, colour, label)
         finish(axis, name)
     for axis in axes[len(shown) :]:
         axis.set_visible(False)
@@ -225,42 +206,18 @@ def series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np
 
 
 def curve(axis: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label: str) -> None:
-    """A line; where it is long, faint, under its running mean."""
-    if not steps.size:
-        return
-    if len(values) <= SMOOTHED:
-        axis.plot(steps, values, color=colour, linewidth=1.6, label=label or None)
-        return
-    window = max(3, len(values) // 20)
-    padded = np.pad(values, (window // 2, window - 1 - window // 2), mode="edge")
-    axis.plot(steps, values, color=colour, linewidth=0.7, alpha=0.3)
-    axis.plot(steps, np.convolve(padded, np.ones(window) / window, mode="valid"), color=colour, linewidth=1.8, label=label or None)
-
-
-def finish(axis: Axes, name: str) -> None:
-    title(axis, name)
-    axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axis.yaxis.set_major_locator(MaxNLocator(5))
-    if axis.get_legend_handles_labels()[1]:
-        axis.legend(frameon=False, fontsize=7.5)
+    look.plot(axis, list(zip(steps, values)), colour, label)
 
 
 def sheet(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, Sequence[Axes]]:
-    """A figure in our look, and its axes in a row."""
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    """A figure of this size in our look, and its axes in a row."""
+    figure, axes = look.sheet(rows, columns, width / columns, height / rows)
     for axis in axes:
-        axis.set_facecolor("white")
-        axis.grid(color=GRID, linewidth=0.8)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right", "left"]].set_visible(False)
-        axis.spines["bottom"].set_color(GRID)
-        axis.tick_params(colors=MUTED, labelsize=8, length=0)
-        axis.xaxis.label.set_size(8)
-        axis.yaxis.label.set_size(8)
+        axis.xaxis.label.set_fontsize(8)
+        axis.yaxis.label.set_fontsize(8)
         for label in axis.get_yticklabels():
             label.set_color(INK)
-    return figure, list(axes)
+    return figure, axes
 
 
 def title(axis: Axes, text: str) -> None:
@@ -268,9 +225,5 @@ def title(axis: Axes, text: str) -> None:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """PNG in at most 128 colours: a third of the size, and no visible difference. No date or version inside."""
-    FigureCanvasAgg(figure)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    Image.open(buffer).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, format="PNG", optimize=True)
+    path.write_bytes(look.png(figure))
     return path

@@ -115,9 +115,10 @@ def test_the_markdown_report_is_short_and_shows_all_five_writers(page):
     assert len(text.encode()) < 200_000
     assert sum(map(len, re.findall(r"data:image/png;base64,[^)]+", text))) <= MARKDOWN_IMAGES
     assert text.startswith("## Better\n")
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(rows) == 2 + 5
-    assert len({line.count("|") for line in rows}) == 1  # or it would be no table
+    tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
+    assert [len(rows) for rows in tables] == [2 + 5, 2 + 5]  # scores, and beside SFT: one table would be wider than the page
+    for rows in tables:
+        assert len({line.count("|") for line in rows}) == 1  # or it would be no table
     assert "&#39;" not in text  # escaped for HTML, it would show as such
     assert "<script>" not in text
 
@@ -136,7 +137,7 @@ def test_the_markdown_report_has_a_table_beside_the_champion(page_with_champion)
     text = markdown(page_with_champion)
     assert "**Beside the champion `f00df00df00d`: no evidence.**" in text
     tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
-    assert [len(rows) for rows in tables] == [2 + 6, 2 + 4]
+    assert [len(rows) for rows in tables] == [2 + 6, 2 + 6, 2 + 4]
     for rows in tables:
         assert len({line.count("|") for line in rows}) == 1
     assert "| Mean of both judges (decides) |" in text

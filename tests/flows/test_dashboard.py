@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import contextmanager
 from threading import Event
 from uuid import UUID
 
@@ -13,11 +14,12 @@ import pytest
 from tests.orchestra import ROOT, Server
 
 
-def run_step(store, *, pause=0.0, updates=3, **config):
+def run_step(store, *, pause=0.0, updates=3, report_to=(), **config):
     """A flow with one small step that does what steps do; -> the flow run's state."""
     from prefect import flow
 
     from tasks.artifacts import Identity
+    from tasks.compute import Compute
     from tasks.task import Execution, conduct, step_task
 
     def produce(work):
@@ -31,7 +33,7 @@ def run_step(store, *, pause=0.0, updates=3, **config):
     @step_task("sft")
     def sft():
         identity = Identity(step="sft", version=1, config=config, inputs={"base": "ab" * 32})
-        return conduct(identity, {}, produce, Execution(store=str(store)))
+        return conduct(identity, {}, produce, Execution(store=str(store), compute=Compute(report_to=report_to)))
 
     @flow(name="small", persist_result=False)
     def small():
@@ -105,6 +107,24 @@ def test_a_page_that_was_deleted_meanwhile_is_made_again():
 
     state = small(return_state=True)
     assert artifacts_of(state.state_details.flow_run_id)["some-page"].data == "three"
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_trackers_are_waited_for_when_the_artifact_is_stored_and_its_report_shown(tmp_path, monkeypatch):
+    from tasks import trackers
+    from tasks.dashboard import Dashboard
+
+    happened = []
+
+    @contextmanager
+    def reporting(*_):
+        yield lambda metrics: happened.append(dict(metrics))
+        happened.append(len(list((tmp_path / "store").glob("sft/*/manifest.json"))))
+
+    monkeypatch.setattr(trackers, "reporting", reporting)
+    monkeypatch.setattr(Dashboard, "close", lambda self, close=Dashboard.close: (happened.append("shown"), close(self)))
+    assert run_step(tmp_path / "store", report_to=("tensorboard",)).is_completed()
+    assert happened == [{"loss": 1 / 3}, "shown", 1]
 
 
 @pytest.mark.usefixtures("prefect_server")
@@ -209,7 +229,8 @@ class Run:
 
 
 VERDICT = {
-    "word": "better", "gain": 0.221, "interval": [0.184, 0.259], "by": "true", "sentence": "PPO's answers are better.", "remark": ""
+    "word": "better", "gain": 0.221, "interval": [0.184, 0.259], "by": "true", "sentence": "PPO's answers are better.",
+    "remark": "", "champion": {"word": "no-evidence", "sentence": "There is no evidence that PPO's answers are better or worse."},
 }  # fmt: skip
 
 
@@ -244,6 +265,7 @@ def test_the_overview_tells_every_step_the_verdict_the_decision_and_where_the_re
         r"# ci on a \*simulated\* site",
         "**Verdict: Better (gain +0.221, interval +0.184 to +0.259, by true)**",
         "PPO's answers are better.",
+        "**Beside the champion: no evidence.** There is no evidence that PPO's answers are better or worse.",
         "It becomes champion in place of none.",
         f"stackrlhf report {run.plan['evaluate'].key[:12]}",
         r"| **ppo** | ran | [report](../../artifacts/key/ppo-report) | 1 min 05 s | 1.0 GB | score\_after 0.5 |",

@@ -16,12 +16,15 @@ from pathlib import Path
 import pytest
 
 from tests.browser import CHROMIUM, Browser
-from tests.orchestra import ROOT, Server
+from tests.flows.test_pool import COMPUTE, SMALL
+from tests.orchestra import ROOT, Server, artifacts, jobs_of, submit, wait
 
 KEEP = os.environ.get("STACKRLHF_KEEP_SCREENSHOTS") == "1"
 PRESET = "tiny" if KEEP else "ci"
-MOST = 2400
-"""Pixels of height."""
+MOST, MOST_OF_A_RUN = 2400, 1200
+"""Pixels of height; under a run's graph there are only its logs."""
+SETTLE = 4 if KEEP else 0.5
+"""Seconds until a run's graph stands still, which only a kept picture needs."""
 LARGEST = 250_000
 """Bytes of a kept picture."""
 PLOTS = "[...document.querySelectorAll('img')].filter(image => image.src.startsWith('data:image/png'))"
@@ -49,7 +52,7 @@ class Watched:
     run: str
     artifacts: dict[str, str]
 
-    def look(self, path: str, name: str, *texts: str, plots: int = 0, settle: float = 0) -> None:
+    def look(self, path: str, name: str, *texts: str, plots: int = 0, settle: float = 0, most: int = MOST) -> None:
         """Open a page, wait until all these texts and so many plots are there, and take its picture, `settle` seconds later."""
         browser = self.browser
         browser.resize(900)
@@ -59,7 +62,7 @@ class Watched:
         for colours, marked in browser.run(DRAWN):
             assert colours > 8, f"{path}: a plot of {colours} colours"
             assert marked > 0.01, f"{path}: a plot that is blank"
-        save(browser.picture(height=min(MOST, max(900, browser.run(HEIGHT))), settle=settle), self.pictures / f"{name}.png")
+        save(browser.picture(height=min(most, max(900, browser.run(HEIGHT))), settle=settle), self.pictures / f"{name}.png")
 
     def artifact(self, key: str, *texts: str, **more: int) -> None:
         self.look(f"/artifacts/artifact/{self.artifacts[key]}", key, *texts, **more)
@@ -90,9 +93,9 @@ def watched(tmp_path_factory):
     pictures = ROOT / "docs" / "dashboard" if KEEP else home / "pictures"
     pictures.mkdir(exist_ok=True)
     server = Server(home / "prefect")
-    server.server_env["PREFECT_SERVER_UI_API_URL"] = server.url  # else the pages ask port 4200
     with server, Browser(home / "browser") as browser:
         command = [sys.executable, "-m", "flows.rlhf", "--preset", PRESET, "--store", str(home / "store")]
+        command += [] if KEEP else ["--workers", "1", *(f"--set={name}={value}" for name, value in SMALL.items())]
         with (home / "run.log").open("w") as log:
             process = subprocess.Popen(command, cwd=ROOT, env=server.env, stdout=log, stderr=log)
             try:
@@ -126,7 +129,8 @@ def test_the_run_page_names_the_run_and_its_steps(watched):
         "Completed",
         "7 Task runs",
         "best baseline",
-        settle=4,
+        settle=SETTLE,
+        most=MOST_OF_A_RUN,
     )
     browser.run("[...document.querySelectorAll('button, a, li')].find(e => e.innerText.trim() === 'Task Runs').click()")
     browser.wait_for("ingest", "base", "sft", "reward", "ppo", "evaluate", "promote")
@@ -169,12 +173,32 @@ def test_a_step_that_ran_has_its_progress_and_its_last_live_page(watched):
 
 
 def test_where_the_full_report_lies_is_an_artifact_of_its_own(watched):
-    watched.artifact("report", "stackrlhf report", "report.html")
+    watched.browser.open(f"{watched.server.url.removesuffix('/api')}/artifacts/artifact/{watched.artifacts['report']}")
+    watched.browser.wait_for("stackrlhf report", "report.html")
 
 
 def test_the_new_interface_shows_the_same(watched):
-    watched.look(f"/v2/runs/flow-run/{watched.run}", "run-v2", f"{PRESET} on a simulated site", "Completed", settle=4)
+    watched.look(
+        f"/v2/runs/flow-run/{watched.run}",
+        "run-v2",
+        f"{PRESET} on a simulated site",
+        "Completed",
+        settle=SETTLE,
+        most=MOST_OF_A_RUN,
+    )
     watched.look(f"/v2/artifacts/artifact/{watched.artifacts['rlhf-overview']}", "rlhf-overview-v2", "Verdict:", "score_before")
     watched.look(f"/v2/artifacts/artifact/{watched.artifacts['ppo-report']}", "ppo-report-v2", "before (sft): score", plots=1)
     links = json.dumps(watched.browser.run("[...document.querySelectorAll('a')].map(a => a.href)"))
     assert f"/v2/artifacts/artifact/{watched.artifacts['sft-report']}" in links
+
+
+@pytest.mark.skipif(not KEEP, reason="only for the pictures in docs/dashboard/: tests/flows/test_pool.py runs pipelines on pools")
+def test_a_run_on_work_pools_shows_its_jobs(orchestra, tmp_path):
+    run = submit(orchestra.server, "rlhf/ci", overrides=SMALL, compute=COMPUTE, store=str(tmp_path / "store"))
+    assert wait(orchestra.server, run, 400).state.is_completed()
+    overview = artifacts(orchestra.server, run)["rlhf-overview"]
+    for job in jobs_of(orchestra.server, run).values():
+        assert f"[job](../../runs/flow-run/{job[0].id})" in overview
+    with Browser(tmp_path / "browser") as browser:
+        seen = Watched(orchestra.server, browser, ROOT / "docs" / "dashboard", str(run), {})
+        seen.look(f"/runs/flow-run/{run}", "run-on-pools", "Completed", "7 Task runs", settle=SETTLE, most=MOST_OF_A_RUN)
