@@ -2,16 +2,17 @@
 
 import argparse
 import sys
+import traceback
 from typing import Any
 
-from flows.commands import DONE
+from flows.commands import DONE, FAILED, WRONG
 from flows.commands.given import compute_of
-from flows.commands.run import check_server, interruption, terminal
+from flows.commands.run import check_server, interruption, is_the_users, terminal, write_log
 from flows.presets import parse_override, resolve
 from flows.show import Live
-from tasks.artifacts import Store
+from tasks.artifacts import Store, StoreError
 from tasks.progress import listening
-from tasks.step import watching
+from tasks.step import describe, watching
 
 
 def retrain(arguments: argparse.Namespace) -> int:
@@ -26,11 +27,21 @@ def retrain(arguments: argparse.Namespace) -> int:
         from flows.retrain import retrain as flow
 
         given = {"overrides": overrides, "store": store.uri, "compute": compute, "force": arguments.force}
+        failure: Exception | None = None
         try:
             state: Any = flow(source=arguments.source, config=arguments.preset, **given, return_state=True)
             decision = state.result()
         except BaseException as error:
-            raise interruption(error) or error from None
+            if stopped := interruption(error):
+                raise stopped from None
+            if isinstance(error, ValueError | StoreError) or not isinstance(error, Exception):
+                raise  # flows/cli.py makes a line of it
+            failure = error
+    if failure is not None:
+        if arguments.debug:
+            traceback.print_exception(failure)
+        print(f"stackrlhf: {describe(failure)} (traceback: {write_log(store, failure)})", file=sys.stderr)
+        return WRONG if is_the_users(failure) else FAILED
     if arguments.json:
         print(decision.model_dump_json(indent=1))
     else:

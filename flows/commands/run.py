@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
             rlhf(config=config, refresh=arguments.refresh, until=arguments.until, store=store.uri, compute=compute)
         except BaseException as error:
             failure = interruption(error) or error
-    log = _write_log(store, failure) if failure is not None and not isinstance(failure, KeyboardInterrupt) else None
+    log = write_log(store, failure) if failure is not None and not isinstance(failure, KeyboardInterrupt) else None
     evaluated = store.open(outcomes["evaluate"].artifact) if "evaluate" in outcomes else None
     promoted = store.open(outcomes["promote"].artifact) if "promote" in outcomes else None
     verdict, decision = _verdict(evaluated), _decision(promoted)
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.debug:
             traceback.print_exception(failure)
         print(f"stackrlhf: {error_text} (traceback: {log})", file=sys.stderr)
-        return WRONG if _is_the_users(failure) else FAILED
+        return WRONG if is_the_users(failure) else FAILED
     print(_words(verdict, decision, report, time.monotonic() - started), file=sys.stderr)
     allowed = decision["allowed"] if decision else (verdict or {}).get("word") == "better"
     if arguments.require_better and not allowed:
@@ -125,12 +125,12 @@ def interruption(error: BaseException) -> KeyboardInterrupt | None:
     return KeyboardInterrupt(*(cause.args if cause else ()))
 
 
-def _is_the_users(failure: BaseException) -> bool:
+def is_the_users(failure: BaseException) -> bool:
     """Whether what was given is wrong: only the step could see it, as with a dump that is cut."""
     return isinstance(failure.__cause__ if isinstance(failure, StepFailed) else failure, ValueError)
 
 
-def _write_log(store: Store, failure: BaseException) -> Path:
+def write_log(store: Store, failure: BaseException) -> Path:
     text = "".join(traceback.format_exception(failure))
     name = f"failed.{time.strftime('%Y%m%d-%H%M%S')}.{os.getpid()}.log"
     for folder in (store.root / "tmp", Path(tempfile.gettempdir())):

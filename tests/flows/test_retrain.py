@@ -308,6 +308,26 @@ def test_the_command_says_what_it_decided(after, capsys):
     assert capsys.readouterr().out.startswith("Nothing new: Nothing changed at the source since the look of")
 
 
+def test_the_command_says_in_one_line_what_failed(prefect_server, tmp_path, capsys, monkeypatch):
+    """2 where it is the user's, 1 where it is not; a failing step leaves its traceback in a file."""
+    from flows.cli import main
+
+    (tmp_path / "beer.stackexchange.com.7z").write_bytes(b"7z\xbc\xaf'\x1c cut")
+    command = ["retrain", "--source", str(tmp_path), "--preset", "ci", "--store", str(tmp_path / "store"), "--threads", "1"]
+    assert main(command) == 2
+    assert "corrupt or cut" in capsys.readouterr().err.splitlines()[-1]
+
+    (tmp_path / "beer.stackexchange.com.7z").unlink()
+    (tmp_path / "wood.test").mkdir()
+    for table in ("Posts", "Users"):
+        (tmp_path / "wood.test" / f"{table}.xml").write_text("<posts></posts>")
+    monkeypatch.setattr("tasks.ingest.ingest.ingest", lambda *_, **__: 1 / 0)
+    assert main([*command[:2], str(tmp_path / "wood.test"), *command[3:]]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("stackrlhf: ingest failed: ZeroDivisionError")
+    assert "ZeroDivisionError" in Path(said.partition("(traceback: ")[2].rstrip(")")).read_text()
+
+
 @pytest.mark.parametrize("source", [[], [""], ["{{ $STACKRLHF_DUMP_SOURCE }}"]])
 def test_without_a_source_it_says_what_to_set(prefect_server, tmp_path, source):
     from flows.retrain import retrain as flow
@@ -329,6 +349,43 @@ def test_records_written_at_once_all_stand(tmp_path):
     assert [record.number for record in records(store, "champion")] == list(range(30, 0, -1))
     assert store.pointer("champion") is None
     assert store.pointer_number(log_name("champion")) == 30
+
+
+# ---- a challenger that is better
+
+
+LEARNS = SMALL | {
+    "base.scratch.steps": 240, "base.scratch.batch_tokens": 1024, "base.scratch.learning_rate": 6e-3, "sft.steps": 60,
+    "ppo.learning_rate": 1e-6, "evaluate.max_questions": 24, "evaluate.max_new_tokens": 48, "evaluate.temperature": 0.2,
+    "evaluate.confidence": 0.99,
+}  # fmt: skip
+"""Enough that answers begin like the site's and end like sentences, which the simulated site's truth rewards."""
+
+
+def test_a_challenger_that_is_better_becomes_the_champion(prefect_server, tmp_path):
+    """On the simulated site, where the truth judges: a policy of three steps of pretraining, then one that has learnt to write."""
+    from tasks.ingest.config import SimulatedSiteConfig
+    from tasks.ingest.simulated.generate import write_site
+    from tasks.ingest.simulated.world import SITE
+
+    store, source = Store(tmp_path / "store"), tmp_path / SITE
+    write_site(SimulatedSiteConfig(questions=150), source)
+    first = retrain(source, store)
+    if store.pointer("champion") is None:
+        crown(store, str(first.decision.challenger), 0)
+    before = store.pointer("champion")
+    write_site(SimulatedSiteConfig(questions=400), source)
+    ran = retrain(source, store, overrides=LEARNS)
+    decision, verdict = ran.decision, ran.decision.verdict["champion"]
+    assert (ran.state.name, decision.word) == ("Promoted", "promoted"), decision.reason
+    assert (verdict["word"], verdict["by"]) == ("better", "true")
+    assert verdict["interval"][0] > 0
+    assert decision.champion == before.to["key"] != decision.challenger
+    now = store.pointer("champion")
+    assert (now.number, now.to["key"]) == (before.number + 1, decision.challenger)
+    assert artifacts_of(run_id(ran))["retrain-decision"].startswith("# Promoted")
+    assert retrain(source, store, overrides=LEARNS).decision.word == "nothing-new"
+    assert store.pointer("champion") == now
 
 
 # ---- elsewhere

@@ -1,20 +1,17 @@
 """Runs that start by themselves: a schedule fires, and its retraining records a decision. Queues that cannot block one another."""
 
+import shutil
 import time
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from typing import Any
+from uuid import UUID
 
-from tests.orchestra import jobs_of, prefect, submit, task_states, wait
+from flows.decision import records
+from tasks.artifacts import Store
+from tests.flows.test_retrain import BEER, SMALL, beer, crown
+from tests.orchestra import artifacts, jobs_of, prefect, submit, task_states, wait
 
-CI_OF_A_SMALL_DUMP = {"config": "ci", "compute": {"executor": "inline", "threads": 1, "workers": 1}}
-
-
-def simulated(folder: Path, questions: int) -> str:
-    from tasks.ingest.config import SimulatedSiteConfig
-    from tasks.ingest.simulated.generate import write_site
-
-    write_site(SimulatedSiteConfig(questions=questions), folder)
-    return str(folder)
+CI = {"config": "ci", "compute": {"executor": "inline", "threads": 1, "workers": 1}}
 
 
 def deployed_like_weekly(server, name: str, **parameters) -> None:
@@ -35,43 +32,57 @@ def deployed_like_weekly(server, name: str, **parameters) -> None:
         )
 
 
-def first_scheduled_run(server, deployment: str, seconds: float = 90):
-    """The first run that began without anybody asking for it."""
+def fired(server, deployment: str, before: set[str], seconds: float = 120) -> Any:
+    """A schedule of 20 seconds is made, fires, and is taken away again; the run that it began, once that is over."""
+    soon = (datetime.now(UTC) + timedelta(seconds=8)).isoformat()
+    every = ("--interval", "20", "--anchor-date", soon)
+    made = prefect(server, "deployment", "schedule", "create", deployment, *every, check=True)
+    assert "Created deployment schedule" in made.stdout
+    try:
+        begun = first_scheduled_run(server, deployment, before, seconds)
+    finally:
+        prefect(server, "deployment", "schedule", "clear", "-y", deployment, check=True)
+    return wait(server, UUID(begun), 240)
+
+
+def first_scheduled_run(server, deployment: str, before: set[str], seconds: float) -> str:
+    """The first run that began without anybody asking for it, besides those of `before`."""
     until = time.monotonic() + seconds
     with server.client() as client:
         wanted = {"deployments": {"id": {"any_": [str(client.read_deployment_by_name(deployment).id)]}}}
         while time.monotonic() < until:
             runs = client.request("POST", "/flow_runs/filter", json=wanted).json()
-            if begun := [run["id"] for run in runs if run["auto_scheduled"] and run["start_time"]]:
+            if begun := [run["id"] for run in runs if run["auto_scheduled"] and run["start_time"] and run["id"] not in before]:
                 return begun[0]
             time.sleep(0.3)
     raise AssertionError(f"{deployment}: no run began within {seconds} s")
 
 
-def test_a_schedule_fires_by_itself_and_the_retraining_records_its_decision(orchestra, tmp_path):
-    from flows.decision import records
-    from tasks.artifacts import Store
-
-    server, store = orchestra.server, str(tmp_path / "store")
-    source = simulated(tmp_path / "dump", 120)
-    deployed_like_weekly(server, "often", source=[source], store=store, **CI_OF_A_SMALL_DUMP)
-    soon = (datetime.now(UTC) + timedelta(seconds=10)).isoformat()  # and once a minute, should this machine be too slow for it
-    every = ("--interval", "60", "--anchor-date", soon)
-    made = prefect(server, "deployment", "schedule", "create", "retrain/often", *every, check=True)
-    assert "Created deployment schedule" in made.stdout
-    try:
-        begun = first_scheduled_run(server, "retrain/often")
-    finally:
-        prefect(server, "deployment", "schedule", "clear", "-y", "retrain/often", check=True)
-    run = wait(server, begun, 240)
-    (record,) = records(Store(store), "champion")
-    assert run.state.is_completed(), run.state
-    assert (record.decision.flow_run, record.decision.title) == (str(run.id), run.state.name)
-    assert record.decision.word in {"promoted", "kept"}
-
-    again = wait(server, submit(server, "retrain/often"), 60)
-    assert again.state.name == "Nothing new"
-    assert next(records(Store(store), "champion")).decision.word == "nothing-new"
+def test_a_schedule_fires_by_itself_and_what_the_retraining_decides_on_a_newer_dump_is_recorded(orchestra, tmp_path):
+    """retrain/weekly with a shorter interval, on the beer site: 2016-12 stands there, then 2020-06 comes."""
+    server, store = orchestra.server, Store(tmp_path / "store")
+    dumps = [beer(day) for day in ("2016-12", "2020-06")]
+    source = tmp_path / "incoming"
+    source.mkdir()
+    deployed_like_weekly(server, "often", source=[str(source)], store=store.uri, overrides=SMALL, **CI)
+    ended: dict[str, Any] = {}
+    for dump in dumps:
+        shutil.copy(dump, source)
+        run = fired(server, "retrain/often", set(ended))
+        assert run.state.is_completed(), run.state
+        ended[str(run.id)] = run
+        if store.pointer("champion") is None:
+            crown(store, str(next(records(store, "champion")).decision.challenger), 0)
+    newer, first = (record.decision for record in records(store, "champion"))
+    assert (first.data.dates, newer.data.dates) == ({BEER: "2016-12-10"}, {BEER: "2020-05-31"})
+    assert (newer.champion, newer.changes["questions"]["new"]) == (first.challenger, 411)
+    assert store.pointer("champion").to["key"] == (newer.challenger if newer.word == "promoted" else first.challenger)
+    assert {run: ended[run].state.name for run in ended} == {one.flow_run: one.title for one in (first, newer)}
+    for decision in (first, newer):
+        page = artifacts(server, UUID(decision.flow_run))["retrain-decision"]
+        assert page.startswith(f"# {decision.title}\n")
+        assert decision.reason in page
+        assert f"| {BEER} | {source}/{BEER}.7z |" in page
 
 
 def test_a_limit_of_cpu_jobs_does_not_let_a_pipeline_wait_for_its_own_steps_for_ever(orchestra):
