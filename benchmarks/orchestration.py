@@ -1,6 +1,6 @@
 """What running on work pools costs: a real server, a worker for each pool, preset ci. Prints one JSON object.
 
-    python benchmarks/orchestration.py [--runs 3] [--query 1] [--direct]
+    python benchmarks/orchestration.py [--runs 3] [--query 1] [--supervised]
 
 `cached_seconds`: from `prefect deployment run` of a pipeline whose steps are all stored to Completed, by its own times;
 `command_seconds`: what the prefect command itself takes before that. `overhead_seconds` by step: the parent's task run, start to
@@ -9,6 +9,7 @@ end, less what the step's own work took (the manifest's seconds). Goals: a cache
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -28,14 +29,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=3, help="cached runs; the median counts")
     parser.add_argument("--query", default="1", help="PREFECT_WORKER_QUERY_SECONDS of the workers")
-    parser.add_argument("--direct", action="store_true", help="the pools' command is this Python: no supervisor is started")
+    parser.add_argument("--supervised", action="store_true", help="without our pools' command: Prefect starts a supervisor first")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         home = Path(folder)
         server = stack.enter_context(Server(home / "prefect"))
         deploy(server)
-        if arguments.direct:
-            start_directly(server)
+        if arguments.supervised:
+            without_command(server)
         for pool in ("cpu", "gpu"):
             env = {"PREFECT_WORKER_QUERY_SECONDS": arguments.query}
             stack.enter_context(Worker(server, pool, str(home / "store"), name=pool, env=env))
@@ -45,18 +46,19 @@ def main() -> None:
             "cached_seconds": round(statistics.median(one.end_time.timestamp() - one.created.timestamp() for one, _ in cached), 2),
             "command_seconds": round(statistics.median(seconds for _, seconds in cached), 2),
             "overhead_seconds": overheads(server, first.id, home / "store"),
+            "load": [round(one, 1) for one in os.getloadavg()],
             "whole_run_seconds": round((first.end_time - first.created).total_seconds(), 1),
         }
     print(json.dumps(found))
 
 
-def start_directly(server: Server) -> None:
+def without_command(server: Server) -> None:
     from prefect.client.schemas.actions import WorkPoolUpdate
 
     with server.client() as client:
         for name in ("cpu", "gpu"):
             template = client.read_work_pool(name).base_job_template
-            template["variables"]["properties"]["command"]["default"] = f"{sys.executable} -m prefect.engine"
+            template["variables"]["properties"]["command"]["default"] = None
             client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
 
 

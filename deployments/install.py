@@ -70,6 +70,12 @@ def parser() -> argparse.ArgumentParser:
     add("--store", metavar="URI", help="the artifact store of all jobs; without it each worker's STACKRLHF_STORE, or the image's")
     add("--volume", metavar="NAME", help="mounted at /data in jobs: a volume or folder (docker), a claim (kubernetes)")
     add(
+        "--python",
+        metavar="PATH",
+        help="what runs the jobs of --type process (default: the Python that runs this); `python` where it is elsewhere on each "
+        "machine: each worker looks for it on its own PATH",
+    )
+    add(
         "--env",
         metavar="NAME=VALUE",
         action="append",
@@ -144,7 +150,8 @@ def install_pool(client: SyncPrefectClient, pool: str, arguments: argparse.Names
     elif present.base_job_template != template:
         client.update_work_pool(pool, WorkPoolUpdate(base_job_template=template, description=description))
     done = "created" if present is None else "unchanged" if present.base_job_template == template else "updated"
-    say(f"pool {pool}", f"{done} ({arguments.type})")
+    run_by = f", jobs run by {template['variables']['properties']['command']['default']}" if arguments.type == "process" else ""
+    say(f"pool {pool}", f"{done} ({arguments.type}{run_by})")
     for queue, priority in QUEUES.get(pool, {}).items():
         there = {found.name: found for found in client.read_work_queues(work_pool_name=pool)}
         if queue not in there:

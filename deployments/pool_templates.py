@@ -2,12 +2,15 @@
 
 import argparse
 import copy
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 POOLS = Path(__file__).resolve().parent / "pools"
+ENGINE = "-m prefect.engine"
 SECRETS = ("SECRET", "TOKEN", "PASSWORD", "ACCESS_KEY", "API_KEY", "AUTH")
 
 
@@ -20,7 +23,10 @@ def rendered(kind: str, pool: str, arguments: argparse.Namespace, present: dict[
     earlier = {name: known.get("default") for name, known in ((present or {}).get("variables", {}).get("properties", {})).items()}
     env = (earlier.get("env") or {}) | variables["env"]["default"] | environment(arguments)
     variables["env"]["default"] = {name: value for name, value in env.items() if value}
-    if kind != "process":
+    if kind == "process":
+        now = f"{shlex.quote(arguments.python)} {ENGINE}" if arguments.python else earlier.get("command")
+        variables["command"]["default"] = now or f"{shlex.quote(sys.executable)} {ENGINE}"
+    else:
         image = arguments.image or earlier.get("image")
         if not image:
             raise ValueError(
@@ -30,7 +36,9 @@ def rendered(kind: str, pool: str, arguments: argparse.Namespace, present: dict[
         volume, claim = arguments.volume, {"name": "data", "persistentVolumeClaim": {"claimName": arguments.volume}}
         now = (f"{volume}:/data" if kind == "docker" else claim) if volume else None
         variables["data_volume"]["default"] = now or earlier.get("data_volume") or variables["data_volume"]["default"]
-    elif arguments.image or arguments.volume:
+    if kind != "process" and arguments.python:
+        raise ValueError("--python is for --type process: a container has the Python of its image")
+    if kind == "process" and (arguments.image or arguments.volume):
         raise ValueError("--image and --volume are for --type docker and kubernetes: a process job has what its worker has")
     store = variables["env"]["default"].get("STACKRLHF_STORE", "")
     if kind == "kubernetes" and "emptyDir" in variables["data_volume"]["default"] and not store.startswith("s3://"):

@@ -10,8 +10,8 @@ from flows.presets import STEPS, RLHFConfig, Step
 from flows.times import seconds
 from tasks.artifacts import Identity, Pointer, Store
 from tasks.base.task import identify as base
-from tasks.champion import inputs as champion_inputs
 from tasks.champion import check, rival
+from tasks.champion import inputs as champion_inputs
 from tasks.compute import Compute
 from tasks.evaluate.task import identify as evaluate
 from tasks.ingest.task import identify as ingest

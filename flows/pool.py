@@ -6,6 +6,7 @@ its checkpoint. An API that is away is waited for.
 """
 
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -25,6 +26,7 @@ from prefect.states import Cancelling, Completed, Pending, Scheduled
 from flows.attempts import is_cancelling, root_run
 from flows.presets import STEPS, RLHFConfig, Step
 from tasks.artifacts import Artifact, Identity, Manifest, Pointer, Store
+from tasks.champion import inputs as champion_inputs
 from tasks.compute import Compute
 from tasks.promote.task import unmoved
 from tasks.step import Event, Outcome, StepFailed, made_by_others, tell
@@ -44,6 +46,9 @@ LOOK_SECONDS = 30.0
 """Between two looks into the store for the artifact of a running job."""
 SILENT_SECONDS = 120.0
 """A job that has published its artifact, and does not say so for so long, has lost the API: its artifact is taken."""
+SETTLED_SECONDS = 8.0
+"""Old enough for a crash to be over: a worker reports one twice, some seconds apart, and the second report would end a job that
+runs again by then."""
 DEPLOY = "python deployments/install.py"
 
 Answer = TypeVar("Answer")
@@ -111,6 +116,9 @@ class Pools:
         started = time.monotonic()
         given = {name: artifact for name, artifact in inputs.items() if isinstance(artifact, Artifact)}
         digests = {name: given[name].digest for name in identity.inputs if name in given}
+        if step == "evaluate":
+            champion: Any = inputs["champion"]
+            digests |= {name: one.digest for name, one in champion_inputs(self.store, champion).items()}
         refresh = step in self.refresh
         if not refresh and (manifest := self._stored(step, identity, digests, inputs)) is not None:
             warnings = made_by_others(manifest)
@@ -142,9 +150,12 @@ class Pools:
                 else:
                     logger.warning("the job of %s goes on; to end it: prefect flow-run cancel %s", step, child.id)
             raise
-        if _state(child).is_final() and not _state(child).is_completed():
-            raise JobFailed(step, f"{_why(step, _state(child))}; {self._remedy()}")
         manifest = self.store.find(identity, digests)
+        if _state(child).is_final() and not _state(child).is_completed():
+            why = _why(step, _state(child))
+            if refresh or self._stored(step, identity, digests, inputs) is None:
+                raise JobFailed(step, f"{why}; {self._remedy()}")
+            logger.warning("%s: %s, after it had stored its artifact; going on", step, why)
         if manifest is None:
             raise JobFailed(
                 step, f"its job is Completed, but {self.store.uri} has no such artifact: does the worker see this store?"
@@ -272,6 +283,10 @@ def _state(run: FlowRun) -> State:
 def _revive(child: FlowRun, parameters: dict[str, Any]) -> FlowRun:
     """The same flow run once more: what it had kept is found again, and its history stays in one place."""
 
+    ended = _state(child)
+    if ended.is_crashed():
+        time.sleep(max(0.0, SETTLED_SECONDS - abs((datetime.now(UTC) - ended.timestamp).total_seconds())))
+
     def revive(client: SyncPrefectClient) -> FlowRun:
         client.update_flow_run(child.id, parameters=parameters)
         client.set_flow_run_state(child.id, Scheduled(message="run again by its pipeline"), force=True)
@@ -287,7 +302,7 @@ def _why(step: str, state: State) -> str:
         said = said.removeprefix(prefix).strip()
     if state.type == StateType.CANCELLED:
         return "its job was cancelled"
-    if any(f"status code: {code}." in said for code in (-9, 137)):
+    if re.search(r"status code:? (-9|137)\.", said):
         return "its job was killed (exit status 137, SIGKILL): most likely the machine, or its container, had no memory left"
     return f"its job crashed: {said}" if state.type == StateType.CRASHED else said or f"its job ended {state.name}"
 

@@ -8,9 +8,10 @@ from typing import Any
 from prefect import Task, flow, runtime
 
 from flows.attempts import begin_attempt
+from flows.disk import check_disk, disk
 from flows.memory import before_running
 from flows.overview import Overview
-from flows.plan import check_steps, identities
+from flows.plan import check_steps, identities, make_plan
 from flows.pool import Inputs, Pools, cancel_jobs
 from flows.presets import PRESETS, PresetName, RLHFConfig, Step, resolve
 from tasks.artifacts import Artifact, Pointer, Store
@@ -23,6 +24,7 @@ from tasks.promote.task import promote as promote_task
 from tasks.reward.task import reward as reward_task
 from tasks.sft.task import sft as sft_task
 from tasks.task import Execution
+from tasks.trackers import check_installed
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +91,19 @@ class _Run:
         self.config, self.store, self.compute, self.refresh, self.until = config, store, compute, refresh, until
         self.pools = Pools(config, store, compute, refresh, until, first) if compute.executor == "pool" else None
         self.plan, self.champion = identities(config, store)
+        self._check_first()
         self.overview = Overview(config, store, self.plan)
         self.made: dict[str, Artifact] = {}
+
+    def _check_first(self) -> None:
+        """ValueError before the first step for what would end a later one: no such tracker, or a disk that is too small."""
+        if self.compute.report_to and not self.pools:  # with pools it is the workers' machines that have the trackers
+            check_installed(self.compute.report_to)
+        if "://" in self.store.uri:  # of the caches of other machines this one knows nothing
+            return
+        plans = make_plan(self.config, self.store, self.refresh, self.until)
+        if not all(plan.stored for plan in plans.values()):
+            check_disk(self.store, plans, disk(self.config, self.store, plans), self.compute)
 
     def __call__(self, task: Task[..., Any], **inputs: Artifact | Pointer | None) -> Artifact | None:
         if self.until in self.made:

@@ -103,7 +103,7 @@ def test_the_automations_are_what_prefect_takes_and_silence_is_not_taken_for_dea
 
 
 def given(**options: Any) -> argparse.Namespace:
-    return argparse.Namespace(**{"image": None, "store": None, "volume": None, "env": []} | options)
+    return argparse.Namespace(**{"image": None, "store": None, "volume": None, "env": [], "python": None} | options)
 
 
 def job(configuration: Any, template: dict[str, Any], **variables: Any) -> Any:
@@ -135,6 +135,24 @@ def test_a_process_job_runs_in_its_workers_folder_and_environment(pool, monkeypa
     assert str(made.working_dir) == "."
     assert (made.env["CUDA_VISIBLE_DEVICES"], made.env["STACKRLHF_STORE"]) == ("3", "/srv/store")
     assert made.env["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "60"
+    assert int(made.env["PREFECT_CLIENT_MAX_RETRIES"]) >= 8, "a job that ends during an outage of minutes waits for the API"
+
+
+def test_a_process_job_is_the_engine_itself_run_by_the_python_that_was_given():
+    def command(template: dict[str, Any]) -> str:
+        from prefect.workers.process import ProcessJobConfiguration
+
+        return str(job(ProcessJobConfiguration, template).command)
+
+    first = rendered("process", "gpu", given())
+    assert command(first) == f"{sys.executable} -m prefect.engine"
+    elsewhere = rendered("process", "gpu", given(python="python"), first)
+    assert command(elsewhere) == "python -m prefect.engine"  # each worker looks for it on its own PATH
+    assert command(rendered("process", "gpu", given(), elsewhere)) == "python -m prefect.engine"
+    spaced = rendered("process", "gpu", given(python="/opt/of us/python"))
+    assert command(spaced) == "'/opt/of us/python' -m prefect.engine"
+    with pytest.raises(ValueError, match="a container has the Python of its image"):
+        rendered("docker", "gpu", given(image=IMAGE, python="python"))
 
 
 DOCKERS = {"container_create_kwargs", "mem_limit", "memswap_limit", "volumes", "privileged"}

@@ -4,10 +4,11 @@ import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from tests.orchestra import Server, Worker, deploy
+from tests.orchestra import Server, Worker, deploy, wait
 
 
 @pytest.fixture(scope="session")
@@ -44,3 +45,12 @@ def orchestra(tmp_path_factory):
         cpu = stack.enter_context(Worker(server, "cpu", str(store), name=f"cpu-{os.getpid()}"))
         gpu = stack.enter_context(Worker(server, "gpu", str(store), name=f"gpu-{os.getpid()}", limit=1))
         yield Orchestra(server, cpu, gpu, store, said)
+
+
+@pytest.fixture(scope="session")
+def first(orchestra) -> SimpleNamespace:
+    """A whole small run on the pools, undisturbed; for every file that compares with one."""
+    from tests.flows.test_pool import start
+
+    run_id = start(orchestra, orchestra.store)
+    return SimpleNamespace(run=wait(orchestra.server, run_id, 400), id=run_id, store=orchestra.store)

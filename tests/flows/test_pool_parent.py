@@ -98,6 +98,14 @@ def jobs(state: Any) -> list[Any]:
         return sorted(api.read_flow_runs(flow_run_filter=mine), key=lambda run: run.created)
 
 
+def states_of(run_id: UUID, name: str) -> list[str]:
+    from prefect.client.schemas.filters import FlowRunFilter
+
+    with client() as api:
+        mine = FlowRunFilter.model_validate({"id": {"any_": [run_id]}})
+        return sorted(run.state.name for run in api.read_task_runs(flow_run_filter=mine) if run.name == name)
+
+
 def task_runs(state: Any, name: str) -> list[str]:
     from prefect.client.schemas.filters import FlowRunFilter
 
@@ -223,3 +231,29 @@ def test_without_a_server_the_run_is_refused_in_a_line(tmp_path):
 def other_store(child: Any, store: str) -> Any:
     """A worker that sees another folder under the same name."""
     return lambda self, step, identity, parameters: child(self, step, identity, parameters | {"store": store})
+
+
+def test_a_flow_inside_another_does_not_close_what_ran_in_the_same_attempt(prefect_server):
+    from prefect import Task, flow, runtime
+    from prefect.flow_engine import run_flow
+    from prefect.states import AwaitingRetry, Completed, Running
+
+    from flows.attempts import begin_attempt
+
+    first = []
+
+    @flow(persist_result=False)
+    def outer():
+        first.append(begin_attempt())
+        run_id, number = UUID(runtime.flow_run.id), str(len(first))
+        with client() as api:
+            api.create_task_run(Task(fn=lambda: None, name="at work"), run_id, number, name="at work", state=Running())
+        first.append(begin_attempt())
+        return Completed()
+
+    run_id = outer(return_state=True).state_details.flow_run_id
+    with client() as api:
+        api.set_flow_run_state(run_id, AwaitingRetry(), force=True)
+        run_flow(outer, flow_run=api.read_flow_run(run_id), return_type="state")
+    assert first == [True, True, False, False]
+    assert states_of(run_id, "at work") == ["Crashed", "Running"]

@@ -188,3 +188,24 @@ def test_the_form_of_a_steps_job_is_that_of_its_task():
     assert set(form["required"]) == {"config", "sft", "reward", "ingest"}
     assert {"PPOConfig", "Artifact", "Compute"} <= set(form["definitions"])
     assert flow.description == "Proximal policy optimization against the reward model."
+
+
+def test_a_tracker_that_is_not_there_is_refused_before_the_first_step(tmp_path, monkeypatch):
+    from flows.presets import resolve
+    from flows.rlhf import rlhf
+    from tasks import trackers
+    from tasks.compute import Compute
+
+    monkeypatch.setitem(trackers.MODULES, "wandb", "a_module_that_is_not_there")
+    state = rlhf(config=resolve("ci", SMALL), store=str(tmp_path), compute=Compute(report_to=("wandb",)), return_state=True)
+    assert "compute.report_to=wandb, but a_module_that_is_not_there is not installed" in state.message
+    assert not (tmp_path / "ingest").exists()
+
+
+def test_a_disk_that_is_too_small_for_a_later_step_is_told_before_the_first(tmp_path, monkeypatch):
+    from flows import disk
+
+    monkeypatch.setattr(disk, "free_at", lambda place: 3_000_000)
+    state = flow_run(store=str(tmp_path / "store"))
+    assert "base does not fit: needs " in state.message
+    assert not (tmp_path / "store" / "ingest").exists()
