@@ -10,7 +10,8 @@ import tempfile
 import time
 from pathlib import Path
 
-SERVERS = ["tests/flows", "tests/test_operations.py", "tests/test_services.py"]
+FLOWS = ["dashboard", "install", "pool", "pool_kills", "pool_parent", "retrain", "rlhf", "schedule", "screenshots"]
+SERVERS = [*(f"tests/flows/test_{name}.py" for name in FLOWS), "tests/test_operations.py", "tests/test_services.py"]
 HALVES = {
     "without servers": [f"--ignore={path}" for path in SERVERS],
     "with servers": SERVERS,
