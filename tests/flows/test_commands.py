@@ -278,7 +278,7 @@ def test_an_exported_model_gives_transformers_the_logits_of_our_policy(capsys, r
         expected, actual = ours(ids).logits, theirs(ids).logits
         with use(ours, None):
             sft_alone = ours(ids).logits
-    assert (actual - expected).abs().max() < 1e-5
+    assert (actual - expected).abs().max() < 1e-5 * (expected.max() - expected.min())
     assert (actual - sft_alone).abs().max() > 1e-4  # PPO's part is in it
     text = f"{PREFIX}How do I sharpen a plane?{SUFFIX}"
     assert PreTrainedTokenizerFast.from_pretrained(folder)(text)["input_ids"] == ids[0].tolist()
@@ -364,7 +364,9 @@ def test_a_soft_prompt_is_told_and_our_loader_reads_it(capsys, tmp_path, tiny_mo
     ids = torch.tensor([encode_query(load_tokenizer(folder), "How do I sharpen a plane?", 64)])
     ours = load_lora(load_model(sft / "model", "fp32", "cpu"), ppo / "policy", "policy", trainable=False)
     with torch.no_grad():
-        assert (load_model(folder, "fp32", "cpu")(ids).logits - ours(ids).logits).abs().max() < 1e-5
+        expected = ours(ids).logits
+        # merged and unmerged products round differently: some 1e-5 of logits that spread over several units
+        assert (load_model(folder, "fp32", "cpu")(ids).logits - expected).abs().max() < 1e-5 * (expected.max() - expected.min())
     assert int(ids.max()) >= ours.get_input_embeddings().num_embeddings  # the prompt's ids lie behind the vocabulary
 
 
