@@ -29,23 +29,10 @@ def verdict(gains: Mapping[str, Interval], questions: int, confidence: float) ->
     Decided by the truth where it is known, else by the judge, never by the reward model that PPO was trained on.
     """
     by = "true" if "true" in gains else "judge"
-    gain = gains[by]
-    result = word(gain, questions)
+    result = word(gains[by], questions)
     hacking = gains["reward"].low > 0 and result != BETTER and questions >= MIN_QUESTIONS
-    found = {
-        BETTER: "PPO's answers are better than SFT's",
-        WORSE: "PPO's answers are worse than SFT's",
-        NO_EVIDENCE: "There is no evidence that PPO's answers are better or worse than SFT's",
-    }[result]
     return {
-        "word": result,
-        "gain": gain.value,
-        "interval": [gain.low, gain.high],
-        "by": by,
-        "questions": questions,
-        "confidence": confidence,
-        "sentence": f"{found}: {_measured(gain, by, questions, confidence)}",
-        "gains": {name: {"gain": g.value, "interval": [g.low, g.high]} for name, g in gains.items()},
+        **_finding(gains, by, "SFT's", questions, confidence),
         "reward_hacking": hacking,
         "remark": _remark(gains, by, result, hacking),
     }
@@ -58,12 +45,20 @@ def champion_verdict(gains: Mapping[str, Interval], questions: int, confidence: 
     on its own run's model, and may lean to that run's policy. The mean turns its sign when the two change places.
     """
     by = "true" if "true" in gains else "judges"
+    return {
+        **_finding(gains, by, "the champion's", questions, confidence),
+        "remark": _of_the_judges(gains, questions) if by == "judges" else "",
+    }
+
+
+def _finding(gains: Mapping[str, Interval], by: str, whose: str, questions: int, confidence: float) -> dict[str, Any]:
+    """What both verdicts say: the word and the gain by the scorer that decides, in numbers and in a sentence."""
     gain = gains[by]
     result = word(gain, questions)
     found = {
-        BETTER: "PPO's answers are better than the champion's",
-        WORSE: "PPO's answers are worse than the champion's",
-        NO_EVIDENCE: "There is no evidence that PPO's answers are better or worse than the champion's",
+        BETTER: f"PPO's answers are better than {whose}",
+        WORSE: f"PPO's answers are worse than {whose}",
+        NO_EVIDENCE: f"There is no evidence that PPO's answers are better or worse than {whose}",
     }[result]
     return {
         "word": result,
@@ -74,7 +69,6 @@ def champion_verdict(gains: Mapping[str, Interval], questions: int, confidence: 
         "confidence": confidence,
         "sentence": f"{found}: {_measured(gain, by, questions, confidence)}",
         "gains": {name: {"gain": g.value, "interval": [g.low, g.high]} for name, g in gains.items()},
-        "remark": _of_the_judges(gains, questions) if by == "judges" else "",
     }
 
 
