@@ -6,6 +6,7 @@ from typing import Any
 
 from flows.presets import STEPS
 from tasks.artifacts import Identity, Manifest, Store
+from tasks.step import flat
 
 WHICH = {"latest": "the newest", "champion": "the one that the champion pointer names"}
 
@@ -99,10 +100,3 @@ def changes(old: Identity, new: Identity) -> Sequence[Change]:
         for name in {**now, **was}
         if was.get(name) != now.get(name)
     ]
-
-
-def flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names."""
-    if isinstance(value, dict) and value:
-        return {k: v for key, part in value.items() for k, v in flat(part, f"{name}.{key}" if name else str(key)).items()}
-    return {name: value}

@@ -63,8 +63,8 @@ class Overview:
             self._thread = threading.Thread(target=lambda: inside.run(self._work), daemon=True, name="overview")
             self._thread.start()
 
-    def begin(self, step: Step, flow_run_id: UUID | None = None) -> None:
-        self._set(step, Line("running", flow_run_id))
+    def begin(self, step: Step) -> None:
+        self._set(step, Line("running"))
 
     def end(self, step: Step, artifact: Artifact | None, state: Literal["stored", "ran", "failed"]) -> None:
         self._set(step, Line(state, self._lines[step].job, artifact))

@@ -6,10 +6,9 @@ Nothing is said where another model, other data or a setting that changes the wo
 from collections.abc import Mapping
 from typing import Any
 
-from flows.lineage import flat
 from flows.presets import Step
 from tasks.artifacts import Identity, Manifest, Store
-from tasks.step import StepPlan
+from tasks.step import StepPlan, flat
 
 PROPORTIONAL: dict[Step, frozenset[str]] = {
     "ingest": frozenset({"simulate.questions"}),

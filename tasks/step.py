@@ -240,7 +240,7 @@ def plan_step(store: Store, identity: Identity, input_digests: Mapping[str, str]
 
 def differences(old: Identity, new: Identity) -> list[str]:
     """The fields in which two identities differ, a line each."""
-    before, after = _flat(old.config), _flat(new.config)
+    before, after = flat(old.config), flat(new.config)
     changes: list[tuple[str, Any, Any]] = [("version", old.version, new.version)]
     changes += [(f"{new.step}.{name}", before.get(name, "-"), after.get(name, "-")) for name in {**after, **before}]
     for kind, was, now in (("input", old.inputs, new.inputs), ("content of", old.external, new.external)):
@@ -248,9 +248,10 @@ def differences(old: Identity, new: Identity) -> list[str]:
     return [f"{name}: {was} -> {now}" for name, was, now in changes if was != now]
 
 
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names."""
     if isinstance(value, dict) and value:
-        return {k: v for key, part in value.items() for k, v in _flat(part, f"{name}.{key}" if name else str(key)).items()}
+        return {k: v for key, part in value.items() for k, v in flat(part, f"{name}.{key}" if name else str(key)).items()}
     return {name: value}
 
 

